@@ -1,0 +1,1 @@
+"""Sharding applied to a model from outside; with one rank nothing is applied."""

@@ -1,0 +1,1 @@
+"""Fast kernels only (C++ for CPUs, Triton for CUDA); imports nothing of `l4cli`."""

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA live here; none is built yet."""
