@@ -1,0 +1,1 @@
+"""Every operation with more than one version, and the only door to `src_kernels`."""
