@@ -60,7 +60,7 @@ class Batch:
     loss_weight: Tensor  # [B, T] float32, 0 where there is no target
     document_ids: Tensor  # [B, T] int32, 0 is padding
     position_ids: Tensor  # [B, T] int64, from 0 in each document
-    segments: Segments
+    segments: Segments | None  # None where a cache knows what was read before
     pixel_values: Tensor | None = None  # [tiles, 3, H, W] float32, all pictures in order
 
     def to(self, device: torch.device | str) -> Batch:
@@ -102,3 +102,12 @@ class Batch:
             Segments.from_document_ids(document_ids_BT, attention_chunk_size),
             pixel_values,
         )
+
+    @classmethod
+    def continuing(
+        cls, input_ids_BT: Tensor, position_ids_BT: Tensor, pixel_values: Tensor | None = None
+    ) -> Batch:
+        """Tokens that go on where a cache ends; nothing to learn from."""
+        nothing = torch.zeros_like(input_ids_BT)
+        weights = nothing.float()
+        return cls(input_ids_BT, nothing, weights, nothing, position_ids_BT, None, pixel_values)

@@ -1,0 +1,1 @@
+"""One TOML file a preset: only what differs from the published shapes' common values."""

@@ -1,0 +1,193 @@
+"""The text decoder: embedding to final norm.
+
+in: embeddings h [B, T, D] and what every layer shares; out: h [B, T, D]
+source: HF Llama4TextModel, Llama4TextAttention, Llama4TextMoe
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from l4cli.model.config import TextConfig
+from l4cli.model.layers import MLP, Linear, RMSNorm
+from l4cli.ops.attention import AttentionPlans, segment_attention
+from l4cli.ops.batch import Batch
+from l4cli.ops.moe import Routing, route, routed_experts
+from l4cli.ops.norm import unit_rms
+from l4cli.ops.rope import inverse_frequencies, rotate, rotation
+
+
+class Cache(Protocol):
+    """Keys and values of what was read before; decides what is kept and how it is attended."""
+
+    def attend(self, layer_idx: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        """Append k and v, then attend with q. shapes: -> out_BTNH"""
+
+
+@dataclass
+class LayerInput:
+    """What all layers of one forward pass share."""
+
+    turn_BTH: Tensor  # complex64 [B, T, H / 2]
+    temperature_BT: Tensor | None
+    plans: AttentionPlans | None  # None with a cache
+    cache: Cache | None
+    routing: Routing | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, rotated and chunked or neither."""
+
+    def __init__(self, config: TextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.head_dim = layer_idx, config.head_dim
+        self.uses_rope = config.uses_rope(layer_idx)
+        self.qk_norm_eps = config.rms_norm_eps if config.use_qk_norm else None
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_width, bias=False)  # [N*H, D]
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=False)  # [K*H, D]
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=False)  # [K*H, D]
+        self.o_proj = Linear(q_width, config.hidden_size, bias=False)  # [D, N*H]
+
+    def forward(self, x_BTD: Tensor, shared: LayerInput) -> Tensor:
+        split = (-1, self.head_dim)
+        q_BTNH = self.q_proj(x_BTD).unflatten(-1, split)
+        k_BTKH = self.k_proj(x_BTD).unflatten(-1, split)
+        v_BTKH = self.v_proj(x_BTD).unflatten(-1, split)
+        if self.uses_rope:
+            q_BTNH, k_BTKH = rotate(q_BTNH, shared.turn_BTH), rotate(k_BTKH, shared.turn_BTH)
+            if self.qk_norm_eps is not None:
+                q_BTNH = unit_rms(q_BTNH, self.qk_norm_eps)
+                k_BTKH = unit_rms(k_BTKH, self.qk_norm_eps)
+        elif shared.temperature_BT is not None:
+            q_BTNH = (q_BTNH * shared.temperature_BT[..., None, None]).to(x_BTD.dtype)
+        if shared.cache is not None:
+            out_BTNH = shared.cache.attend(self.layer_idx, q_BTNH, k_BTKH, v_BTKH)
+        else:
+            assert shared.plans is not None
+            plan = shared.plans.local if self.uses_rope else shared.plans.document
+            out_BTNH = segment_attention(q_BTNH, k_BTKH, v_BTKH, plan)
+        return self.o_proj(out_BTNH.flatten(-2))
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, right-multiplied: [in, out], gate columns before up."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        experts, hidden, width = (
+            config.num_local_experts,
+            config.hidden_size,
+            config.intermediate_size,
+        )
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden, 2 * width))  # [E, D, 2F]
+        self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))  # [E, F, D]
+
+
+class MoE(nn.Module):
+    """A shared expert for every token and the top routed ones for each."""
+
+    def __init__(self, config: TextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.num_experts_per_tok = layer_idx, config.num_experts_per_tok
+        self.router = Linear(config.hidden_size, config.num_local_experts, bias=False)  # [E, D]
+        self.experts = Experts(config)
+        self.shared_expert = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BTD: Tensor, shared: LayerInput) -> Tensor:
+        x_MD = x_BTD.flatten(0, 1)
+        # In fp32 whatever the compute dtype: bf16 merges close scores and flips the choice.
+        logits_ME = self.router(x_MD.float())
+        bias_E = None if shared.routing is None else shared.routing.bias(self.layer_idx)
+        gate_MA, expert_MA = route(logits_ME, self.num_experts_per_tok, bias_E)
+        if shared.routing is not None:
+            rows = x_BTD.shape[:2]
+            shared.routing.record(
+                self.layer_idx, logits_ME.unflatten(0, rows), expert_MA.unflatten(0, rows)
+            )
+        weights = (self.experts.gate_up_proj, self.experts.down_proj)
+        y_MD = routed_experts(x_MD, gate_MA, expert_MA, *weights)
+        return self.shared_expert(x_BTD) + y_MD.view_as(x_BTD)
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a feed-forward, each on a normed copy and added back."""
+
+    def __init__(self, config: TextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = config.is_moe(layer_idx)
+        self.feed_forward = (
+            MoE(config, layer_idx)
+            if self.is_moe
+            else MLP(config.hidden_size, config.intermediate_size_mlp)
+        )
+
+    def forward(self, h_BTD: Tensor, shared: LayerInput) -> Tensor:
+        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD), shared)
+        x_BTD = self.post_attention_layernorm(h_BTD)
+        if self.is_moe:
+            return h_BTD + self.feed_forward(x_BTD, shared)
+        return h_BTD + self.feed_forward(x_BTD)
+
+
+class TextModel(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # [V, D]
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.inverse_frequencies: Tensor | None = None  # a constant, made at first use
+
+    def forward(
+        self,
+        h_BTD: Tensor,
+        batch: Batch,
+        cache: Cache | None = None,
+        routing: Routing | None = None,
+        checkpoint_layers: bool = False,
+    ) -> Tensor:
+        """Run the layers over embeddings. shapes: h [B, T, D] -> same"""
+        shared = self._shared_input(h_BTD, batch, cache, routing)
+        for layer in self.layers:
+            if checkpoint_layers and h_BTD.requires_grad:
+                h_BTD = checkpoint(layer, h_BTD, shared, use_reentrant=False)
+            else:
+                h_BTD = layer(h_BTD, shared)
+        return self.norm(h_BTD)
+
+    def _shared_input(
+        self, h_BTD: Tensor, batch: Batch, cache: Cache | None, routing: Routing | None
+    ) -> LayerInput:
+        config = self.config
+        if self.inverse_frequencies is None or self.inverse_frequencies.device != h_BTD.device:
+            inverse = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+            self.inverse_frequencies = inverse.to(h_BTD.device)
+        plans = None
+        if cache is None:
+            assert batch.segments is not None, "without a cache a batch names its segments"
+            num_positions = batch.input_ids.numel()
+            plans = AttentionPlans.from_segments(batch.segments, num_positions, h_BTD.device)
+        turn_BTH = rotation(batch.position_ids, self.inverse_frequencies)
+        return LayerInput(turn_BTH, _temperature(config, batch), plans, cache, routing)
+
+
+def _temperature(config: TextConfig, batch: Batch) -> Tensor | None:
+    """1 + attn_scale * ln(1 + floor((p + 1) / floor_scale)), for NoPE layers' queries only."""
+    if not config.attn_temperature_tuning:
+        return None
+    step_BT = ((batch.position_ids.float() + 1) / config.floor_scale).floor()
+    return 1 + config.attn_scale * step_BT.log1p()

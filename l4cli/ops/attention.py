@@ -1,0 +1,186 @@
+"""Causal attention inside segments: documents for NoPE layers, chunks of documents for the rest.
+
+in: q [B, T, N, H], k and v [B, T, K, H] and where segments lie; out: [B, T, N, H]
+There is never a T x T mask: segments of like length are gathered into one padded batch, in which
+causality alone keeps real queries from the padding behind them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from l4cli.ops.batch import Segments
+
+# Up to here explicit bf16 products beat the fused CPU kernel, whose backward crawls (measured).
+EXPLICIT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Segments of like length: flat positions to gather, the end padded with the first one."""
+
+    length: int  # padded
+    index: Tensor | None  # int64 [segments * length]; None: the flat order, reshaped
+    real: Tensor | None  # int64: which gathered rows are no padding; None: all of them
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The buckets of one kind of layer, made once per batch and used by every such layer."""
+
+    buckets: tuple[Bucket, ...]
+    covers_all: bool  # no padding position is left out
+
+
+def plan_attention(
+    starts: Tensor, lengths: Tensor, num_positions: int, device: Any
+) -> AttentionPlan:
+    """Sort segments into buckets of padded length; equal lengths in order need no gather."""
+    if len(lengths) == 0:
+        return AttentionPlan((), num_positions == 0)
+    covers_all = int(lengths.sum()) == num_positions
+    if covers_all and bool((lengths == lengths[0]).all()):
+        return AttentionPlan((Bucket(int(lengths[0]), None, None),), True)
+    padded = _padded_lengths(lengths)
+    buckets = []
+    for length in padded.unique().tolist():
+        chosen = padded == length
+        offset = torch.arange(length)
+        is_real = offset < lengths[chosen].unsqueeze(-1)
+        index = starts[chosen].unsqueeze(-1) + torch.where(is_real, offset, 0)
+        real = None if bool(is_real.all()) else is_real.flatten().nonzero().flatten().to(device)
+        buckets.append(Bucket(int(length), index.flatten().to(device), real))
+    return AttentionPlan(tuple(buckets), covers_all)
+
+
+def _padded_lengths(lengths: Tensor) -> Tensor:
+    """Round up to an eighth of the next power of two: at most an eighth is wasted."""
+    power = torch.exp2(torch.ceil(torch.log2(lengths.clamp(min=8).double()))).long()
+    step = (power // 8).clamp(min=8)
+    return (lengths + step - 1) // step * step
+
+
+@dataclass(frozen=True)
+class AttentionPlans:
+    """What a forward pass over packed documents needs: one plan a kind of layer."""
+
+    document: AttentionPlan
+    local: AttentionPlan
+
+    @classmethod
+    def from_segments(
+        cls, segments: Segments, num_positions: int, device: torch.device
+    ) -> AttentionPlans:
+        document = plan_attention(
+            segments.document_starts, segments.document_lengths, num_positions, device
+        )
+        if segments.local_starts is segments.document_starts:
+            return cls(document, document)
+        local = plan_attention(segments.local_starts, segments.local_lengths, num_positions, device)
+        return cls(document, local)
+
+
+def segment_attention(
+    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, plan: AttentionPlan
+) -> Tensor:
+    """Attend causally inside every segment; positions in no segment give zeros."""
+    shape = q_BTNH.shape
+    q_MNH, k_MKH, v_MKH = (x.reshape(-1, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH))
+    if len(plan.buckets) == 1 and plan.buckets[0].index is None:
+        return _attend_bucket(q_MNH, k_MKH, v_MKH, plan.buckets[0].length).view(shape)
+    outputs, places = [], []
+    for bucket in plan.buckets:
+        assert bucket.index is not None
+        gathered = (x.index_select(0, bucket.index) for x in (q_MNH, k_MKH, v_MKH))
+        out_MNH = _attend_bucket(*gathered, bucket.length)
+        if bucket.real is None:
+            outputs.append(out_MNH)
+            places.append(bucket.index)
+        else:
+            outputs.append(out_MNH.index_select(0, bucket.real))
+            places.append(bucket.index.index_select(0, bucket.real))
+    if not outputs:
+        return torch.zeros_like(q_BTNH)
+    # Every real position lies in exactly one segment, so a copy is enough.
+    base_MNH = torch.empty_like(q_MNH) if plan.covers_all else torch.zeros_like(q_MNH)
+    return base_MNH.index_copy(0, torch.cat(places), torch.cat(outputs)).view(shape)
+
+
+def _attend_bucket(q_MNH: Tensor, k_MKH: Tensor, v_MKH: Tensor, length: int) -> Tensor:
+    q, k, v = (x.unflatten(0, (-1, length)) for x in (q_MNH, k_MKH, v_MKH))  # [S, L, heads, H]
+    is_explicit = q.dtype == torch.bfloat16 and not q.is_cuda and length <= EXPLICIT_MAX_LENGTH
+    attend = _explicit_causal if is_explicit else _fused_causal
+    return attend(q, k, v).flatten(0, 1)
+
+
+def _fused_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's fused kernel. shapes: q [S, L, N, H], k and v [S, L, K, H] -> [S, L, N, H]"""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+class _ExplicitCausal(torch.autograd.Function):
+    """Softmax attention as three products, the probabilities kept in the compute dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, q_SRH: Tensor, k_SLH: Tensor, v_SLH: Tensor, mask_LL: Tensor) -> Tensor:
+        length = k_SLH.shape[1]
+        scores = torch.bmm(q_SRH, k_SLH.transpose(1, 2))
+        scores.unflatten(1, (-1, length)).add_(mask_LL)
+        probs = torch.softmax(scores, dim=-1)  # fp32 inside
+        ctx.save_for_backward(q_SRH, k_SLH, v_SLH, probs)
+        return torch.bmm(probs, v_SLH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_SRH, k_SLH, v_SLH, probs = ctx.saved_tensors
+        (grad,) = grads
+        dprobs = torch.bmm(grad, v_SLH.transpose(1, 2))
+        dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+        dv_SLH = torch.bmm(probs.transpose(1, 2), grad)
+        dq_SRH = torch.bmm(dscores, k_SLH)
+        return dq_SRH, torch.bmm(dscores.transpose(1, 2), q_SRH), dv_SLH, None
+
+
+def _explicit_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Explicit products with each key head's queries as rows of one matrix."""
+    num_segments, length, num_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    groups = num_heads // kv_heads
+    mask_LL = torch.full((length, length), float("-inf"), dtype=q.dtype).triu_(1)
+    q_SRH = (q * head_dim**-0.5).unflatten(2, (kv_heads, groups)).permute(0, 2, 3, 1, 4)
+    rows = (num_segments * kv_heads, -1, head_dim)
+    k_SLH, v_SLH = (x.transpose(1, 2).reshape(rows) for x in (k, v))
+    out = _ExplicitCausal.apply(q_SRH.reshape(rows), k_SLH, v_SLH, mask_LL)
+    out = out.view(num_segments, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(q.shape)
+
+
+def reference_segment_attention(
+    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, starts: Tensor, lengths: Tensor
+) -> Tensor:
+    """The plain loop: a softmax a segment and head, in the inputs' dtype."""
+    q, k, v = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
+    groups = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        rows = slice(start, start + length)
+        hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        for head in range(q.shape[1]):
+            scores = q[rows, head] @ k[rows, head // groups].T * q.shape[-1] ** -0.5
+            probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            out[rows, head] = probs @ v[rows, head // groups]
+    return out.view(q_BTNH.shape)
+
+
+def full_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
+    """Every position sees every other: patches of a tile. shapes: [B, T, N, H] -> same"""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -1,0 +1,65 @@
+"""Rotary positions: angles from positions, and the rotation of interleaved pairs.
+
+in: position_ids, q or k [B, T, N, H]; out: the same shapes, pairs (x[2j], x[2j+1]) turned
+source: HF Llama4TextRotaryEmbedding, Llama4VisionRotaryEmbedding, `_compute_llama3_parameters`
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
+    """Angle per position of each pair, fp32 [head_dim / 2], with llama3-type scaling.
+
+    Not from fp64: at positions near 10M the fp32 rounding is part of the published model.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    inverse = 1.0 / (theta**exponent)
+    if not scaling or scaling.get("rope_type", "default") == "default":
+        return inverse
+    factor, low, high = (
+        float(scaling[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    context = float(scaling["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / inverse
+    scaled = torch.where(wavelength > context / low, inverse / factor, inverse)
+    if high == low:  # Scout: the middle band is empty and its slope undefined
+        return scaled
+    smooth = (context / wavelength - low) / (high - low)
+    blended = (1 - smooth) * inverse / factor + smooth * inverse
+    is_middle = (wavelength <= context / low) & (wavelength >= context / high)
+    return torch.where(is_middle, blended, scaled)
+
+
+def rotation(position_ids_BT: Tensor, inverse: Tensor) -> Tensor:
+    """The turn of each position and pair as complex64 [B, T, H / 2]."""
+    angle = position_ids_BT.float().unsqueeze(-1) * inverse.to(position_ids_BT.device)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x_BTNH: Tensor, turn_BTH: Tensor) -> Tensor:
+    """Turn the interleaved pairs of every head, in fp32. shapes: [B, T, N, H] -> same"""
+    pairs = torch.view_as_complex(x_BTNH.float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * turn_BTH.unsqueeze(2)).flatten(-2)
+    return turned.to(x_BTNH.dtype)
+
+
+def vision_rotation(grid: int, head_dim: int, theta: float) -> Tensor:
+    """Turns of a grid of patches and the class token, complex64 [1, grid^2 + 1, head_dim / 2].
+
+    Columns turn the first half of the pairs, rows the second, both counted from one;
+    the class token, last, is not turned.
+    """
+    half = head_dim // 2
+    inverse = 1.0 / (theta ** (torch.arange(0, half, 2).float() / half))
+    index = torch.arange(grid * grid)
+    column = (index % grid + 1).float().unsqueeze(-1) * inverse
+    row = (index // grid + 1).float().unsqueeze(-1) * inverse
+    angle = torch.cat([column, row], dim=-1)
+    angle = torch.cat([angle, angle.new_zeros(1, half)])
+    return torch.polar(torch.ones_like(angle), angle).unsqueeze(0)
