@@ -1,0 +1,167 @@
+"""Keep experts equally busy: a bias on the choice, a small loss, and figures of the load.
+
+in: router logits and choices of every MoE layer; out: biases for the choice, a loss, metrics
+source: auxiliary-loss-free balancing, arXiv 2408.15664 (centred as in torchtitan); the
+sequence-level loss of DeepSeek-V3, arXiv 2412.19437 section 2.1.2, with sigmoid scores
+
+The exchange format has no place for a bias, so what is exported must not need one. Over the
+last part of training the bias used in the choice goes linearly to zero (`bias_scale`) and is
+zero for the last steps; meanwhile the stored bias is not updated any more, since updates would
+work against the way down, and only the loss balances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KINDS = ("bias", "loss", "both", "none")
+ANNEAL_FROM = 0.80  # of all steps: where the bias starts towards zero
+ANNEAL_TO = 0.95  # of all steps: where it has arrived
+
+
+@dataclass(frozen=True)
+class BalanceOptions:
+    """What `--balance` and its neighbours say."""
+
+    kind: str = "both"  # one of KINDS
+    rate: float = 1e-3  # change of a bias per step
+    loss_scale: float = 1e-4
+
+    @property
+    def uses_bias(self) -> bool:
+        return self.kind in ("bias", "both")
+
+    @property
+    def uses_loss(self) -> bool:
+        return self.kind in ("loss", "both")
+
+
+def bias_scale(step: int, num_steps: int) -> float:
+    """How much of the bias counts in `step` (from 0): 1, then linearly down to 0."""
+    start, end = int(num_steps * ANNEAL_FROM), int(num_steps * ANNEAL_TO)
+    # Runs of a few steps have no room for a slope; their last step is without bias all the same.
+    end = min(end, num_steps - 1)
+    if step >= end:
+        return 0.0
+    return 1.0 if step <= start else (end - step) / (end - start)
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """How the tokens of one layer were spread over its experts."""
+
+    layer_idx: int
+    max_over_mean: float  # 1 is perfect
+    num_dead: int  # experts that got nothing
+
+
+class Balance:
+    """The `Routing` of a model in training (see `l4cli.ops.moe`).
+
+    Around each forward pass: `begin(mask)`, the pass, `sequence_loss()`. Around each optimizer
+    step: `start_step(...)` and `finish_step()`. Activation checkpointing runs layers again in
+    the backward pass; after `sequence_loss()` nothing is recorded, so nothing counts twice.
+    """
+
+    def __init__(
+        self,
+        layer_idxs: Sequence[int],
+        num_experts: int,
+        options: BalanceOptions,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.options = options
+        self.num_experts = num_experts
+        self._row = {layer_idx: i for i, layer_idx in enumerate(layer_idxs)}
+        shape = (len(layer_idxs), num_experts)
+        self.bias_LE = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._scale = 1.0
+        self._used_LE = self.bias_LE
+        self._mask_BT: Tensor | None = None
+        self._losses: list[Tensor] = []
+
+    def bias(self, layer_idx: int) -> Tensor | None:
+        """What is added to a layer's scores for the choice only, fp32 [E]."""
+        if not self.options.uses_bias or self._scale == 0.0:
+            return None
+        return self._used_LE[self._row[layer_idx]]
+
+    def record(self, layer_idx: int, logits_BTE: Tensor, expert_BTA: Tensor) -> None:
+        """Count a layer's choices, and keep its part of the loss."""
+        if self._mask_BT is None:
+            return
+        row = self._row[layer_idx]
+        chosen_BTE = torch.zeros_like(logits_BTE).scatter_(-1, expert_BTA, 1.0)
+        chosen_BTE *= self._mask_BT.unsqueeze(-1)
+        chosen_BE = chosen_BTE.sum(1)
+        self.counts_LE[row] += chosen_BE.sum(0).to(torch.int64)
+        if self.options.uses_loss:
+            top_k = expert_BTA.shape[-1]
+            self._losses.append(_sequence_loss(logits_BTE, chosen_BE, self._mask_BT, top_k))
+
+    def begin(self, is_token_BT: Tensor) -> None:
+        """Say which positions of the coming forward pass hold tokens, not padding."""
+        self._mask_BT = is_token_BT.to(torch.float32)
+        self._losses = []
+
+    def sequence_loss(self) -> Tensor | None:
+        """The scaled loss of the pass, summed over layers, each row times its tokens.
+
+        To be divided by the number of tokens. None without a loss or without MoE layers.
+        """
+        losses, self._losses, self._mask_BT = self._losses, [], None
+        return self.options.loss_scale * torch.stack(losses).sum() if losses else None
+
+    def start_step(self, step: int, num_steps: int) -> None:
+        """Forget the counts, and take the bias that this step is to use."""
+        self.counts_LE.zero_()
+        self._scale = bias_scale(step, num_steps)
+        self._used_LE = self.bias_LE * self._scale
+
+    def finish_step(self) -> None:
+        """Move every bias towards the mean load: once per optimizer step, from global counts."""
+        if not self.options.uses_bias or self._scale < 1.0:
+            return
+        counts_LE = self.counts_LE.float()
+        step_LE = self.options.rate * torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE)
+        # Centred: a drift common to all experts would change nothing but the numbers' size.
+        self.bias_LE += step_LE - step_LE.mean(-1, keepdim=True)
+
+    def load(self) -> list[LayerLoad]:
+        """The spread of the step's tokens, by layer."""
+        loads = []
+        for layer_idx, row in self._row.items():
+            counts_E = self.counts_LE[row].tolist()
+            mean = sum(counts_E) / len(counts_E)
+            ratio = max(counts_E) / mean if mean else 1.0
+            loads.append(LayerLoad(layer_idx, ratio, counts_E.count(0)))
+        return loads
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The stored biases; they live in `l4/` only, never among the weights."""
+        return {"bias": self.bias_LE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self.bias_LE.copy_(state["bias"])
+
+
+def _sequence_loss(
+    logits_BTE: Tensor, chosen_BE: Tensor, mask_BT: Tensor, num_experts_per_tok: int
+) -> Tensor:
+    """Sum over rows of tokens * sum_e f_e P_e, which is each row's token count at balance.
+
+    f_e = E / (A tokens) * choices of e; P_e = mean over tokens of e's share of the scores
+    """
+    num_experts = logits_BTE.shape[-1]
+    tokens_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1.0)
+    f_BE = chosen_BE * (num_experts / num_experts_per_tok) / tokens_B1
+    scores_BTE = logits_BTE.sigmoid()
+    share_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
+    summed_BE = torch.einsum("bte,bt->be", share_BTE, mask_BT)  # tokens * P
+    return (f_BE * summed_BE).sum()

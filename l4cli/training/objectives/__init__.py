@@ -1,0 +1,1 @@
+"""What is minimised, one file each: pure functions of a batch."""
