@@ -1,0 +1,34 @@
+"""Checkpoints: Hugging Face folders in and out, run folders, what a resumed run needs.
+
+in: models, tokenizer files, training state; out: folders that are whole or not there
+"""
+
+from l4cli.checkpoint.headers import read_header
+from l4cli.checkpoint.manifest import Problem, verify_manifest, write_manifest
+from l4cli.checkpoint.reader import load_config, load_model, load_weights
+from l4cli.checkpoint.run_folder import RunFolder
+from l4cli.checkpoint.stored import StoredWeights, open_weights, resolve_checkpoint
+from l4cli.checkpoint.training_state import (
+    load_training_state,
+    read_state_json,
+    save_training_state,
+)
+from l4cli.checkpoint.writer import save_model
+
+__all__ = [
+    "Problem",
+    "RunFolder",
+    "StoredWeights",
+    "load_config",
+    "load_model",
+    "load_training_state",
+    "load_weights",
+    "open_weights",
+    "read_header",
+    "read_state_json",
+    "resolve_checkpoint",
+    "save_model",
+    "save_training_state",
+    "verify_manifest",
+    "write_manifest",
+]

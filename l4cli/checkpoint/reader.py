@@ -1,0 +1,206 @@
+"""Read checkpoints: Hugging Face Llama 4 folders, as published and as `l4` writes them.
+
+in: a folder, or a run folder (its latest); out: a config, or a model filled tensor by tensor
+source: facts on checkpoint formats; safetensors `safe_open`
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from l4cli.checkpoint.hf_keys import Matching, Piece, match
+from l4cli.checkpoint.stored import (
+    CONFIG,
+    StoredWeights,
+    json_object,
+    open_weights,
+    resolve_checkpoint,
+)
+from l4cli.errors import L4Error
+from l4cli.model import Llama4Config, build_model
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# Pages of a mapped file count as ours until it is closed, so a big file is opened anew.
+_MAPPED_BYTES = 1 << 30
+
+
+def load_config(path: Path | str) -> Llama4Config:
+    """Read the config of a checkpoint.
+
+    raises: L4Error for a missing config, another architecture, or a quantized checkpoint
+    """
+    folder = resolve_checkpoint(path)
+    _require_config(folder)
+    config = Llama4Config.from_file(folder / CONFIG)
+    quantization = json_object(folder / CONFIG).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise _quantized(folder, f"`{CONFIG}` says `{method or quantization}`")
+    return config
+
+
+def _require_config(folder: Path) -> None:
+    if (folder / CONFIG).exists():
+        return
+    why, fix = f"`{CONFIG}` is missing", "pass a folder with a Hugging Face checkpoint"
+    if not any(folder.iterdir()):
+        why = "the folder is empty"
+    elif (folder / "params.json").exists():
+        why = "it holds Meta's own format (`params.json`), which `l4` cannot read yet"
+        fix = "pass the Hugging Face version of the same model"
+    elif (folder / "l4").is_dir():
+        why = f"`{CONFIG}` is missing; the folder holds training state only"
+    elif (folder / "index.json").exists():
+        why = "it holds packed shards, not a model"
+    elif (folder / "tokenizer.json").exists():
+        why = f"`{CONFIG}` is missing; the folder holds a tokenizer only"
+    raise L4Error(f"cannot open checkpoint `{folder}`", why=why, fix=fix)
+
+
+def load_model(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    check_finite: bool = True,
+) -> Any:
+    """Build the model a checkpoint describes and stream its weights in; `dtype` None: as stored."""
+    folder = resolve_checkpoint(path)
+    model = build_model(load_config(folder), device="meta")
+    load_weights(model, folder, device=device, dtype=dtype, check_finite=check_finite)
+    model.compute_dtype = _main_dtype(model)
+    return model
+
+
+def _main_dtype(model: nn.Module) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
+
+
+@torch.no_grad()
+def load_weights(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    check_finite: bool = True,
+) -> None:
+    """Fill a model's parameters from a checkpoint.
+
+    Parameters on the meta device are made on `device`, as `dtype` or as stored; others keep
+    their place and dtype. Everything that headers can tell is checked before anything is read.
+    """
+    stored = open_weights(resolve_checkpoint(path))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    matching = match(stored.tensors, shapes)
+    _check(stored, matching)
+    parameters = dict(model.named_parameters())
+    for group in _groups(stored, matching.pieces):
+        file = stored.folder / stored.file_of[group[0].key]
+        try:
+            with safe_open(file, framework="pt", device="cpu") as tensors:
+                for piece in group:
+                    parameter = parameters[piece.name]
+                    if parameter.is_meta:
+                        kind = dtype or DTYPES[stored.tensors[piece.key].dtype]
+                        parameter = _materialise(model, piece.name, device, kind)
+                        parameters[piece.name] = parameter
+                    tensor = tensors.get_tensor(piece.key)
+                    if check_finite:
+                        _require_finite(file, piece.key, tensor)
+                    _place(parameter, piece, tensor)
+        except SafetensorError as error:
+            fix = "fetch or write the file again"
+            raise L4Error(f"cannot read `{file}`", why=str(error), fix=fix) from error
+
+
+def _groups(stored: StoredWeights, pieces: list[Piece]) -> list[list[Piece]]:
+    """Pieces in the order of their data, split by file and by what may be mapped at once."""
+    groups: list[list[Piece]] = []
+    mapped = 0
+    last_file = ""
+    for piece in sorted(pieces, key=lambda p: (stored.file_of[p.key], stored.tensors[p.key].start)):
+        file, size = stored.file_of[piece.key], stored.tensors[piece.key].size_bytes
+        if file != last_file or mapped + size > _MAPPED_BYTES:
+            groups.append([])
+            mapped = 0
+        groups[-1].append(piece)
+        last_file, mapped = file, mapped + size
+    return groups
+
+
+def _materialise(
+    model: nn.Module, name: str, device: torch.device | str, dtype: torch.dtype
+) -> nn.Parameter:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    values = torch.empty(old.shape, dtype=dtype, device=device)
+    parameter = nn.Parameter(values, requires_grad=old.requires_grad)
+    setattr(module, leaf, parameter)
+    return parameter
+
+
+def _place(parameter: Tensor, piece: Piece, tensor: Tensor) -> None:
+    if piece.expert is None:
+        parameter.copy_(tensor)
+    else:
+        start, end = piece.columns
+        parameter[piece.expert, :, start:end].copy_(tensor.T)
+
+
+def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
+    if tensor.numel() == 0:
+        return
+    # One pass and no copy: minimum and maximum carry NaN and infinity along.
+    if bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+        return
+    count = int((~torch.isfinite(tensor)).sum())
+    why = f"`{key}` has {count} of {tensor.numel()} values that are NaN or infinite"
+    fix = "use an earlier checkpoint, or fetch the file again"
+    raise L4Error(f"cannot use `{file}`", why=why, fix=fix)
+
+
+def _check(stored: StoredWeights, matching: Matching) -> None:
+    """Refuse what does not fit, from the headers alone."""
+    what = f"cannot load checkpoint `{stored.folder}`"
+    for key, entry in stored.tensors.items():
+        if entry.dtype not in DTYPES and not key.endswith(("inv_freq", "freqs_ci")):
+            raise _quantized(stored.folder, f"`{key}` is stored as {entry.dtype}")
+    fix = "the weights and `config.json` belong to different models: fetch both from one place"
+    if matching.missing:
+        why = f"the model needs {_some(matching.missing)}, which the files do not hold"
+        raise L4Error(what, why=why, fix=fix)
+    if matching.unexpected:
+        why = f"the files hold {_some(matching.unexpected)}, which the model has no place for"
+        raise L4Error(what, why=why, fix=fix)
+    for piece in matching.pieces:
+        shape = stored.tensors[piece.key].shape
+        if shape != piece.shape:
+            why = f"`{piece.key}` is {list(shape)} in the file, the model needs {list(piece.shape)}"
+            raise L4Error(what, why=why, fix=fix)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _quantized(folder: Path, why: str) -> L4Error:
+    fix = "pass the bf16 or fp32 version of the checkpoint"
+    what = f"cannot load quantized checkpoint `{folder}`"
+    return L4Error(what, why=f"{why}, and `l4` reads plain floating point only", fix=fix)

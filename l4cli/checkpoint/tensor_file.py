@@ -1,0 +1,77 @@
+"""Write safetensors files tensor by tensor, so that memory holds one of them at a time.
+
+in: named tensors; out: a file, and its SHA-256
+source: the safetensors format: 8 bytes of header length, a JSON header, the data
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from l4cli.checkpoint.atomic import replacing
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_WRITE_BYTES = 32 << 20
+
+NamedTensor = tuple[str, Tensor]
+
+
+def stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype a tensor is written in: `dtype` applies to floating point only."""
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def stored_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """How much of a file's data a tensor takes."""
+    return tensor.numel() * stored_dtype(tensor, dtype).itemsize
+
+
+def write_tensors(
+    path: Path, tensors: Sequence[NamedTensor], dtype: torch.dtype | None = None
+) -> str:
+    """Write a file whole or not at all, converting each tensor as it goes; return its SHA-256."""
+    # Wide dtypes first, so that every tensor's place is a multiple of its item size.
+    ordered = sorted(tensors, key=lambda item: -stored_dtype(item[1], dtype).itemsize)
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in ordered:
+        end = position + stored_bytes(tensor, dtype)
+        fields[name] = {
+            "dtype": DTYPE_NAMES[stored_dtype(tensor, dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    header = struct.pack("<Q", len(header)) + header
+    digest = hashlib.sha256(header)
+    with replacing(path) as file:
+        file.write(header)
+        for _, tensor in ordered:
+            data = _bytes_of(tensor, stored_dtype(tensor, dtype))
+            for start in range(0, len(data), _WRITE_BYTES):
+                block = data[start : start + _WRITE_BYTES]
+                digest.update(block)
+                file.write(block)
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
