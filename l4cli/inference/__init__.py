@@ -1,0 +1,17 @@
+"""Asking a model: cache, engine and sampler. Ids in, ids out; no text in this room."""
+
+from l4cli.inference.cache import Cache, CacheBatch
+from l4cli.inference.engine import PREFILL_CHUNK, Engine, Event, Request, RoutingRecord
+from l4cli.inference.sampler import Sampler, SamplingOptions
+
+__all__ = [
+    "PREFILL_CHUNK",
+    "Cache",
+    "CacheBatch",
+    "Engine",
+    "Event",
+    "Request",
+    "RoutingRecord",
+    "Sampler",
+    "SamplingOptions",
+]

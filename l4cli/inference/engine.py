@@ -1,0 +1,309 @@
+"""Run a model over ids: read a prompt in pieces, write answers token by token, score texts.
+
+in: ids, tiles and `Request`s; out: a `Cache`, `Event`s, log-probabilities. Nothing here knows text
+source: DESIGN section 5; rows of unequal length decode together as in Orca (OSDI 2022)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l4cli.errors import L4Error
+from l4cli.inference.cache import Cache, CacheBatch
+from l4cli.inference.sampler import Sampler, SamplingOptions
+from l4cli.model import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration
+from l4cli.ops.batch import Batch
+from l4cli.ops.cross_entropy import token_losses
+
+PREFILL_CHUNK = 2048  # tokens read at once: enough rows for each expert, little memory
+
+Finish = Literal["stop", "length", "context"]
+
+
+@dataclass
+class Request:
+    """What to continue. A given cache is used up: fork it to keep it."""
+
+    tokens: Any  # ids of the prompt; with a cache, what comes after it (may then be empty)
+    pixel_values: Tensor | None = None  # [tiles, 3, S, S], for the placeholders in `tokens`
+    max_new_tokens: int = 256
+    stop_ids: Sequence[int] = ()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    cache: Cache | None = None
+    wants_experts: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """One new token of one request; a stop token is reported as well."""
+
+    request: int  # index in the list given to `generate`
+    token: int
+    logprob: float  # under the model itself, before penalty, temperature and filters
+    finish: Finish | None = None  # why this was the request's last token
+    experts: Tensor | None = None  # [positions read since the last event, MoE layers, A]
+
+
+class RoutingRecord:
+    """Notes which experts were chosen; steers nothing."""
+
+    def __init__(self) -> None:
+        self.chosen: dict[int, list[Tensor]] = {}
+
+    def bias(self, layer_idx: int) -> Tensor | None:
+        """No bias: what is asked here is the model as it is."""
+        return None
+
+    def record(self, layer_idx: int, logits_BTE: Tensor, expert_BTA: Tensor) -> None:
+        """Note one layer's choices."""
+        self.chosen.setdefault(layer_idx, []).append(expert_BTA)
+
+    def take(self) -> Tensor:
+        """Hand over what was noted since the last call. shapes: -> [B, T, MoE layers, A]"""
+        layers = [torch.cat(parts, 1) for _, parts in sorted(self.chosen.items())]
+        self.chosen = {}
+        return torch.stack(layers, 2) if layers else torch.empty(1, 0, 0, 0, dtype=torch.int64)
+
+
+@dataclass
+class _Row:
+    """A request on its way."""
+
+    index: int
+    request: Request
+    cache: Cache
+    sampler: Sampler
+    experts: Tensor | None
+    num_new_tokens: int = 0
+    token: int = -1  # the newest, not read yet
+
+
+class Engine:
+    """A model ready to be asked; keeps no state between calls."""
+
+    def __init__(
+        self,
+        model: Llama4ForCausalLM | Llama4ForConditionalGeneration,
+        max_context: int | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.config: Llama4Config = model.config
+        self.max_context = max_context or self.config.text.max_position_embeddings
+        self.device = model.lm_head.weight.device
+
+    def check_context(self, num_tokens: int) -> None:
+        """raises: L4Error with both numbers when so many tokens do not fit"""
+        if num_tokens > self.max_context:
+            raise L4Error(
+                "the context is too long",
+                why=f"{num_tokens} tokens are needed, the model has room for {self.max_context}"
+                " (`max_position_embeddings`)",
+                fix="shorten the prompt, give fewer pictures, or ask for fewer new tokens",
+            )
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        tokens: Any,
+        pixel_values: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        chunk_size: int = PREFILL_CHUNK,
+        routing: RoutingRecord | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Cache:
+        """Read a prompt, `chunk_size` tokens at once but never a part of a tile.
+
+        `on_progress` hears how many are read; if it raises, the cache holds exactly those.
+        """
+        cache = cache or Cache(self.config.text)
+        ids = _as_ids(tokens)
+        for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, routing):
+            if rows.stop == len(ids):
+                cache.logits_V = self.model.lm_head(hidden_TD[-1]).float()
+            if on_progress is not None:
+                on_progress(rows.stop)
+        return cache
+
+    @torch.inference_mode()
+    def score(
+        self,
+        tokens: Any,
+        pixel_values: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        chunk_size: int = PREFILL_CHUNK,
+    ) -> Tensor:
+        """Log-probability of each token given all before it, fp32.
+
+        shapes: n tokens -> [n - 1]; [n] after a cache, whose logits tell of the first
+        """
+        ids = _as_ids(tokens)
+        parts = []
+        if cache is not None and cache.logits_V is not None:
+            parts.append(cache.logits_V.log_softmax(-1)[ids[:1].to(self.device)])
+        cache = cache or Cache(self.config.text)
+        weight_VD = self.model.lm_head.weight
+        for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, None):
+            next_ids = ids[rows.start + 1 : rows.stop + 1].to(self.device)
+            parts.append(-token_losses(hidden_TD[: len(next_ids)], weight_VD, next_ids))
+            if rows.stop == len(ids):
+                cache.logits_V = self.model.lm_head(hidden_TD[-1]).float()
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def generate(self, requests: Sequence[Request], max_batch_size: int = 16) -> Iterator[Event]:
+        """Continue every request, up to `max_batch_size` side by side; their events interleave."""
+        for request in requests:
+            num_read = 0 if request.cache is None else request.cache.num_tokens
+            self.check_context(num_read + len(request.tokens) + 1)
+        waiting = deque(enumerate(requests))
+        active: list[_Row] = []
+        while waiting or active:
+            while waiting and len(active) < max_batch_size:
+                index, request = waiting.popleft()
+                if request.max_new_tokens > 0:
+                    active.append(self._start(index, request))
+            unfinished = []
+            for row in active:
+                event = self._choose(row)
+                yield event
+                if event.finish is None:
+                    unfinished.append(row)
+            active = unfinished
+            if active:
+                self._step(active)
+
+    def _start(self, index: int, request: Request) -> _Row:
+        """Read a request's prompt."""
+        cache = request.cache or Cache(self.config.text)
+        record = RoutingRecord() if request.wants_experts else None
+        if len(request.tokens):
+            self.prefill(request.tokens, request.pixel_values, cache=cache, routing=record)
+        assert cache.logits_V is not None, "give tokens, or a cache that has read some"
+        vocab_size = self.config.text.vocab_size
+        sampler = Sampler(request.sampling, cache.tokens, vocab_size, self.device)
+        experts = None if record is None else record.take()[0]
+        return _Row(index, request, cache, sampler, experts)
+
+    @torch.inference_mode()
+    def _choose(self, row: _Row) -> Event:
+        """Draw a row's next token and say whether it is the last."""
+        assert row.cache.logits_V is not None
+        row.token, logprob = row.sampler.choose(row.cache.logits_V)
+        row.num_new_tokens += 1
+        finish: Finish | None = None
+        if row.token in row.request.stop_ids:
+            finish = "stop"
+        elif row.num_new_tokens >= row.request.max_new_tokens:
+            finish = "length"
+        elif row.cache.num_tokens + 1 >= self.max_context:
+            finish = "context"
+        return Event(row.index, row.token, logprob, finish, row.experts)
+
+    @torch.inference_mode()
+    def _step(self, rows: list[_Row]) -> None:
+        """Read the newest token of every row in one forward pass."""
+        record = RoutingRecord() if any(row.request.wants_experts for row in rows) else None
+        ids_B1 = torch.tensor([[row.token] for row in rows], device=self.device)
+        positions_B1 = torch.tensor([[row.cache.num_tokens] for row in rows], device=self.device)
+        cache = rows[0].cache if len(rows) == 1 else CacheBatch(row.cache for row in rows)
+        batch = Batch.continuing(ids_B1, positions_B1)
+        hidden_BD = self.model.hidden(batch, cache=cache, routing=record)[:, -1]
+        logits_BV = self.model.lm_head(hidden_BD).float()
+        experts_BTLA = None if record is None else record.take()
+        for i, row in enumerate(rows):
+            row.cache.tokens.append(row.token)
+            row.cache.logits_V = logits_BV[i]
+            if experts_BTLA is not None and row.request.wants_experts:
+                row.experts = experts_BTLA[i]
+
+    def _read(
+        self,
+        ids_T: Tensor,
+        pixel_values: Tensor | None,
+        cache: Cache,
+        chunk_size: int,
+        routing: RoutingRecord | None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Feed ids piece by piece. shapes: -> the piece's rows, hidden_TD"""
+        _check_ids(ids_T, self.config.text.vocab_size)
+        self.check_context(cache.num_tokens + len(ids_T))
+        pieces = _prefill_pieces(ids_T, pixel_values, self.config, chunk_size)
+        cache.logits_V = None
+        for rows, tiles in pieces:
+            ids_1T = ids_T[None, rows].to(self.device)
+            first = cache.num_tokens
+            positions_1T = torch.arange(first, first + ids_1T.shape[1], device=self.device)[None]
+            pixels = None
+            if pixel_values is not None and tiles.stop > tiles.start:
+                pixels = pixel_values[tiles].to(self.device)
+            batch = Batch.continuing(ids_1T, positions_1T, pixels)
+            hidden_1TD = self.model.hidden(batch, cache=cache, routing=routing)
+            cache.tokens.extend(ids_T[rows].tolist())
+            yield rows, hidden_1TD[0]
+
+
+def _as_ids(tokens: Any) -> Tensor:
+    """Ids as int64, from a list, an array of any integer type or a tensor."""
+    if isinstance(tokens, Tensor):
+        return tokens.to("cpu", torch.int64)
+    return torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+
+
+def _check_ids(ids_T: Tensor, vocab_size: int) -> None:
+    outside = ids_T[(ids_T < 0) | (ids_T >= vocab_size)]
+    if len(outside):
+        why = f"token id {int(outside[0])} is outside the vocabulary of {vocab_size}"
+        fix = "use the tokenizer in the checkpoint's folder"
+        raise L4Error("cannot read these tokens", why=why, fix=fix)
+
+
+def _prefill_pieces(
+    ids_T: Tensor, pixel_values: Tensor | None, config: Llama4Config, chunk_size: int
+) -> list[tuple[slice, slice]]:
+    """Cut a prompt into pieces of about `chunk_size`, each with the tiles that lie in it whole.
+
+    A tile is encoded once, with the piece it is in, so pieces end before or after its run.
+    """
+    assert chunk_size > 0
+    placeholders, per_tile = _placeholders(ids_T, pixel_values, config)
+    pieces = []
+    start = first_tile = 0
+    while start < len(ids_T):
+        end = min(start + chunk_size, len(ids_T))
+        last_tile, inside = divmod(int(torch.searchsorted(placeholders, end)), per_tile)
+        if inside:
+            end = int(placeholders[last_tile * per_tile])
+            if end <= start:  # a tile longer than a piece is read whole
+                last_tile += 1
+                end = int(placeholders[last_tile * per_tile - 1]) + 1
+        pieces.append((slice(start, end), slice(first_tile, last_tile)))
+        start, first_tile = end, last_tile
+    return pieces
+
+
+def _placeholders(
+    ids_T: Tensor, pixel_values: Tensor | None, config: Llama4Config
+) -> tuple[Tensor, int]:
+    """Where picture features go, and how many a tile has. raises: L4Error if they do not match"""
+    num_tiles = 0 if pixel_values is None else len(pixel_values)
+    what = "pictures do not match the text"
+    if config.vision is None:
+        if num_tiles:
+            fix = "use a checkpoint with vision, or leave the pictures out"
+            raise L4Error(what, why="the model has no picture encoder", fix=fix)
+        return ids_T.new_empty(0), 1
+    placeholders = (ids_T == config.image_token_index).nonzero().flatten()
+    per_tile = config.vision.tokens_per_tile
+    if num_tiles * per_tile != len(placeholders):
+        why = f"{num_tiles} tiles of {per_tile} tokens for {len(placeholders)} placeholder tokens"
+        fix = "give as many tiles as the text has placeholders for"
+        raise L4Error(what, why=why, fix=fix)
+    return placeholders, per_tile

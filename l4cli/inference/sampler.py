@@ -1,0 +1,116 @@
+"""Choose the next token: penalty, temperature, then the filters, then one draw.
+
+in: logits fp32 [V] of one position, the ids seen so far, `SamplingOptions`; out: one id
+source: HF LogitsProcessor (same order, same ties); min-p arXiv 2407.01082; CTRL penalty 1909.05858
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l4cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose. Temperature 0 takes the likeliest token and ignores the filters."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # 1: all
+    min_p: float = 0.0  # 0: all
+    repetition_penalty: float = 1.0  # 1: none
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
+        _require(self.top_k >= 0, "top-k", self.top_k, "0 (all tokens) or more")
+        _require(0 < self.top_p <= 1, "top-p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min-p", self.min_p, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _require(0 < penalty < float("inf"), "repetition-penalty", penalty, "above 0; 1 is none")
+
+
+def _require(is_true: bool, name: str, value: float, meaning: str) -> None:
+    if not is_true:
+        what, fix = f"cannot sample with `{name}` {value}", f"pass `--{name}` {meaning}"
+        raise UsageError(what, why=f"it must be {meaning}", fix=fix)
+
+
+def penalize_repetition(logits_V: Tensor, is_seen_V: Tensor, penalty: float) -> Tensor:
+    """Make every token seen before less likely (penalty > 1), however often it was seen."""
+    # Dividing a negative logit would raise it.
+    damped_V = torch.where(logits_V < 0, logits_V * penalty, logits_V / penalty)
+    return torch.where(is_seen_V, damped_V, logits_V)
+
+
+def keep_top_k(logits_V: Tensor, top_k: int) -> Tensor:
+    """Keep the `top_k` largest logits and what ties with the last of them."""
+    threshold = logits_V.topk(min(top_k, logits_V.shape[-1])).values[-1]
+    return logits_V.masked_fill(logits_V < threshold, -torch.inf)
+
+
+def keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
+    """Keep the likeliest tokens until their probabilities sum to `top_p`; at least one."""
+    probs_V = logits_V.softmax(-1)
+    # Nearly always a few hundred candidates are enough; sorting 200k ids costs 10 ms a token.
+    num_candidates = min(256, len(probs_V))
+    while True:
+        top, ids = probs_V.topk(num_candidates)
+        before = top.cumsum(-1) - top
+        if num_candidates == len(probs_V) or float(before[-1]) >= top_p:
+            break
+        num_candidates = min(16 * num_candidates, len(probs_V))
+    kept = ids[(before < top_p).index_fill(0, ids.new_zeros(1), True)]
+    return torch.full_like(logits_V, -torch.inf).index_copy(0, kept, logits_V[kept])
+
+
+def keep_min_p(logits_V: Tensor, min_p: float) -> Tensor:
+    """Keep tokens at least `min_p` times as likely as the likeliest."""
+    probs_V = logits_V.softmax(-1)
+    return logits_V.masked_fill(probs_V < min_p * probs_V.max(), -torch.inf)
+
+
+def shape_logits(logits_V: Tensor, is_seen_V: Tensor | None, options: SamplingOptions) -> Tensor:
+    """Apply penalty, temperature, top-k, top-p and min-p, in this order (that of transformers)."""
+    if is_seen_V is not None:
+        logits_V = penalize_repetition(logits_V, is_seen_V, options.repetition_penalty)
+    if options.temperature == 0:
+        return logits_V
+    logits_V = logits_V / options.temperature
+    if options.top_k:
+        logits_V = keep_top_k(logits_V, options.top_k)
+    if options.top_p < 1:
+        logits_V = keep_top_p(logits_V, options.top_p)
+    if options.min_p > 0:
+        logits_V = keep_min_p(logits_V, options.min_p)
+    return logits_V
+
+
+class Sampler:
+    """One request's options, its own stream of random numbers and, for the penalty, its past."""
+
+    def __init__(
+        self, options: SamplingOptions, seen: Sequence[int], vocab_size: int, device: torch.device
+    ) -> None:
+        self.options = options
+        self.generator = torch.Generator(device).manual_seed(options.seed)
+        self.is_seen_V: Tensor | None = None
+        if options.repetition_penalty != 1:
+            self.is_seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.is_seen_V[torch.tensor(seen, dtype=torch.int64, device=device)] = True
+
+    def choose(self, logits_V: Tensor) -> tuple[int, float]:
+        """Draw a token; also its log-probability under the model itself, before any filter."""
+        shaped_V = shape_logits(logits_V, self.is_seen_V, self.options)
+        if self.options.temperature == 0:
+            token = int(shaped_V.argmax())
+        else:
+            token = int(torch.multinomial(shaped_V.softmax(-1), 1, generator=self.generator))
+        if self.is_seen_V is not None:
+            self.is_seen_V[token] = True
+        return token, float(logits_V[token] - logits_V.logsumexp(-1))
