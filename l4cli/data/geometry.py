@@ -74,7 +74,9 @@ class PictureGeometry:
             return None
         processor = _object(files, PROCESSOR_FILE)
         # transformers 5 nests the picture half in `processor_config.json`; older files stand apart.
-        pictures = _object(files, PREPROCESSOR_FILE) or processor.get("image_processor") or {}
+        pictures = _object(files, PREPROCESSOR_FILE) or processor.get("image_processor", {})
+        if not isinstance(pictures, dict):
+            raise _bad(f"`image_processor` in `{PROCESSOR_FILE}` is not a JSON object")
         if pictures.get("resize_to_max_canvas"):
             raise _bad("`resize_to_max_canvas` is true, and Llama 4 was trained with false")
         size = pictures.get("size", {"height": cls.image_size, "width": cls.image_size})
