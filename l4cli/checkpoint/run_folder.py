@@ -135,11 +135,10 @@ class RunFolder:
             write_manifest(temporary, recorded_hashes(temporary))
             sync_tree(temporary)
             self._put_in_place(temporary, self.step_folder(step))
-        except Exception as error:
-            cause = _system_cause(error)
-            if cause is None or isinstance(error, L4Error | BrokenPipeError):
-                raise
-            raise self._save_error(step, cause) from error
+        except BrokenPipeError:  # of the terminal, not of the disk
+            raise
+        except OSError as error:
+            raise self._save_error(step, error) from error
         finally:
             _remove(temporary)
         replace_symlink(self.path / LATEST, self.step_folder(step).name)
@@ -185,18 +184,3 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _system_cause(error: BaseException | None) -> OSError | None:
-    """Find the disk's complaint inside what a library raised around it."""
-    seen = 0
-    while error is not None and seen < 8:
-        if isinstance(error, OSError):
-            return error
-        failures = getattr(error, "failures", None)  # torch's CheckpointException, by rank
-        if isinstance(failures, dict) and failures:
-            error = next(iter(failures.values()))[0]
-        else:
-            error = error.__cause__ or error.__context__
-        seen += 1
-    return None

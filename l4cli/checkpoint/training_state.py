@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from l4cli.checkpoint.atomic import write_text
 from l4cli.checkpoint.manifest import verify_manifest
@@ -45,9 +47,8 @@ def save_training_state(folder: Path, state: Mapping[str, Any]) -> None:
             fqn_to_index_mapping=_file_numbers(tensors),
             save_distributed=_is_distributed(),
         )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not _is_distributed())
+        with _torch_manners():
+            dcp.save(_separate(tensors), storage_writer=writer, no_dist=not _is_distributed())
     fields = {"format": "l4-training-state", "version": VERSION, "state": plain}
     write_text(folder / STATE, json.dumps(fields, indent=1, allow_nan=False) + "\n")
 
@@ -103,8 +104,31 @@ def _damaged(folder: Path, why: str) -> L4Error:
     return L4Error(f"cannot continue from `{folder}`", why=why, fix=fix)
 
 
+@contextmanager
+def _torch_manners() -> Iterator[None]:
+    """Silence "no process group" and let out what torch wraps, Ctrl-C included."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What safetensors wants: plain layouts, and no memory under two names."""
+    separate: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        # Slices of one larger storage need no care: torch copies those by itself.
+        separate[name] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
+    return separate
 
 
 def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -129,8 +153,7 @@ def _load_tensors(folder: Path, into: Mapping[str, Tensor]) -> dict[str, Tensor]
             for name, entry in stored.items()
         }
         reader = HuggingFaceStorageReader(path=str(folder))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with _torch_manners():
             dcp.load(dict(tensors), storage_reader=reader, no_dist=not _is_distributed())
     except Exception as error:
         # safetensors and torch raise plain Exceptions of their own for torn files.

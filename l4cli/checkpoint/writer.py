@@ -6,6 +6,7 @@ source: HF Llama4 checkpoints (transformers 5.23); DESIGN section 2
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -87,12 +88,10 @@ def _write_files(
 
 
 def _geometry(config: dict[str, Any], given: PictureGeometry | None) -> PictureGeometry:
+    """The tower's own sizes; text-only shards may have been tokenized for another one."""
     vision = config["vision_config"]
     sizes = {k: vision[k] for k in ("image_size", "patch_size", "pixel_shuffle_ratio")}
-    if given is None:
-        return PictureGeometry(**sizes)
-    assert sizes == {k: getattr(given, k) for k in sizes}, "pictures and tower differ in geometry"
-    return given
+    return dataclasses.replace(given or PictureGeometry(), **sizes)
 
 
 def _write_weights(
