@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,8 +19,7 @@ from l4cli.model.layers import MLP, Linear, RMSNorm
 from l4cli.ops.attention import AttentionPlans, segment_attention
 from l4cli.ops.batch import Batch
 from l4cli.ops.moe import Routing, route, routed_experts
-from l4cli.ops.norm import unit_rms
-from l4cli.ops.rope import inverse_frequencies, rotate, rotation
+from l4cli.ops.rope import inverse_frequencies, rotate, rotate_unit, rotation
 
 
 class Cache(Protocol):
@@ -56,15 +56,12 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_width, config.hidden_size, bias=False)  # [D, N*H]
 
     def forward(self, x_BTD: Tensor, shared: LayerInput) -> Tensor:
-        split = (-1, self.head_dim)
-        q_BTNH = self.q_proj(x_BTD).unflatten(-1, split)
-        k_BTKH = self.k_proj(x_BTD).unflatten(-1, split)
-        v_BTKH = self.v_proj(x_BTD).unflatten(-1, split)
-        if self.uses_rope:
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        if self.uses_rope and self.qk_norm_eps is not None:
+            q_BTNH = rotate_unit(q_BTNH, shared.turn_BTH, self.qk_norm_eps)
+            k_BTKH = rotate_unit(k_BTKH, shared.turn_BTH, self.qk_norm_eps)
+        elif self.uses_rope:
             q_BTNH, k_BTKH = rotate(q_BTNH, shared.turn_BTH), rotate(k_BTKH, shared.turn_BTH)
-            if self.qk_norm_eps is not None:
-                q_BTNH = unit_rms(q_BTNH, self.qk_norm_eps)
-                k_BTKH = unit_rms(k_BTKH, self.qk_norm_eps)
         elif shared.temperature_BT is not None:
             q_BTNH = (q_BTNH * shared.temperature_BT[..., None, None]).to(x_BTD.dtype)
         if shared.cache is not None:
@@ -74,6 +71,18 @@ class Attention(nn.Module):
             plan = shared.plans.local if self.uses_rope else shared.plans.document
             out_BTNH = segment_attention(q_BTNH, k_BTKH, v_BTKH, plan)
         return self.o_proj(out_BTNH.flatten(-2))
+
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values by head."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if torch.is_grad_enabled():
+            # One product instead of three, and one for x's gradient, pay for copying the weights.
+            weight = torch.cat([p.weight.to(x_BTD.dtype) for p in projections])
+            widths = [p.out_features for p in projections]
+            parts = list(F.linear(x_BTD, weight).split(widths, dim=-1))
+        else:
+            parts = [projection(x_BTD) for projection in projections]
+        return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
 
 class Experts(nn.Module):

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.ops.batch import Segments
+from l4cli.ops.blocked_attention import BlockedCausal
+from l4cli.ops.choice import is_reference_forced
 
-# Up to here explicit bf16 products beat the fused CPU kernel, whose backward crawls (measured).
-EXPLICIT_MAX_LENGTH = 512
+# Up to here our blocked bf16 products beat torch's fused CPU kernel; in fp32 they do not.
+BLOCKED_MAX_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,22 @@ def segment_attention(
 
 def _attend_bucket(q_MNH: Tensor, k_MKH: Tensor, v_MKH: Tensor, length: int) -> Tensor:
     q, k, v = (x.unflatten(0, (-1, length)) for x in (q_MNH, k_MKH, v_MKH))  # [S, L, heads, H]
-    is_explicit = q.dtype == torch.bfloat16 and not q.is_cuda and length <= EXPLICIT_MAX_LENGTH
-    attend = _explicit_causal if is_explicit else _fused_causal
+    is_blocked = q.dtype == torch.bfloat16 and not q.is_cuda and length <= BLOCKED_MAX_LENGTH
+    if is_reference_forced():
+        attend = _plain_causal
+    else:
+        attend = _blocked_causal if is_blocked else _fused_causal
     return attend(q, k, v).flatten(0, 1)
+
+
+def _plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula, with all scores at once. shapes: as `_fused_causal`"""
+    length, groups = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    scores = torch.einsum("slnh,smnh->snlm", q, k) * q.shape[-1] ** -0.5
+    probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("snlm,smnh->slnh", probs, v)
 
 
 def _fused_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -126,40 +141,16 @@ def _fused_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-class _ExplicitCausal(torch.autograd.Function):
-    """Softmax attention as three products, the probabilities kept in the compute dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, q_SRH: Tensor, k_SLH: Tensor, v_SLH: Tensor, mask_LL: Tensor) -> Tensor:
-        length = k_SLH.shape[1]
-        scores = torch.bmm(q_SRH, k_SLH.transpose(1, 2))
-        scores.unflatten(1, (-1, length)).add_(mask_LL)
-        probs = torch.softmax(scores, dim=-1)  # fp32 inside
-        ctx.save_for_backward(q_SRH, k_SLH, v_SLH, probs)
-        return torch.bmm(probs, v_SLH)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_SRH, k_SLH, v_SLH, probs = ctx.saved_tensors
-        (grad,) = grads
-        dprobs = torch.bmm(grad, v_SLH.transpose(1, 2))
-        dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        dv_SLH = torch.bmm(probs.transpose(1, 2), grad)
-        dq_SRH = torch.bmm(dscores, k_SLH)
-        return dq_SRH, torch.bmm(dscores.transpose(1, 2), q_SRH), dv_SLH, None
-
-
-def _explicit_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Explicit products with each key head's queries as rows of one matrix."""
-    num_segments, length, num_heads, head_dim = q.shape
+def _blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Our blocked products, each key head's queries as rows of one matrix. shapes as above"""
+    segments, length, num_heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    groups = num_heads // kv_heads
-    mask_LL = torch.full((length, length), float("-inf"), dtype=q.dtype).triu_(1)
-    q_SRH = (q * head_dim**-0.5).unflatten(2, (kv_heads, groups)).permute(0, 2, 3, 1, 4)
-    rows = (num_segments * kv_heads, -1, head_dim)
-    k_SLH, v_SLH = (x.transpose(1, 2).reshape(rows) for x in (k, v))
-    out = _ExplicitCausal.apply(q_SRH.reshape(rows), k_SLH, v_SLH, mask_LL)
-    out = out.view(num_segments, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)
+    rows = (segments * kv_heads, -1, head_dim)
+    q_SLKGH = (q * head_dim**-0.5).unflatten(2, (kv_heads, num_heads // kv_heads))
+    q_ZRH = q_SLKGH.transpose(1, 2).reshape(rows)
+    k_ZLH, v_ZLH = (x.transpose(1, 2).reshape(rows) for x in (k, v))
+    out = BlockedCausal.apply(q_ZRH, k_ZLH, v_ZLH)
+    out = out.view(segments, kv_heads, length, -1, head_dim).transpose(1, 2)
     return out.reshape(q.shape)
 
 

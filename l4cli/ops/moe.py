@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l4cli.ops.choice import is_reference_forced
+
 
 class Routing(Protocol):
     """Who watches and steers the choice of experts in training; absent, the model is Llama 4."""
@@ -143,6 +145,8 @@ def routed_experts(
 
     shapes: w_in [E, D, 2F] (gate columns, then up), w_out [E, F, D] -> y_MD
     """
+    if is_reference_forced():
+        return reference_routed_experts(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
     return _RoutedExperts.apply(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.norm import unit_rms
+
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
     """Angle per position of each pair, fp32 [head_dim / 2], with llama3-type scaling.
@@ -47,6 +50,46 @@ def rotate(x_BTNH: Tensor, turn_BTH: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x_BTNH.float().unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * turn_BTH.unsqueeze(2)).flatten(-2)
     return turned.to(x_BTNH.dtype)
+
+
+class _RotateUnit(torch.autograd.Function):
+    """Rotation and weightless RMS norm in one: turning a pair does not change its length.
+
+    Saves the input and one number a head; eager autograd keeps four fp32 copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x_BTNH, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = (norm.square_() / x_BTNH.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_BTNH, turn_BTH, inverse)
+        turned = _turned(x_BTNH, turn_BTH)
+        return turned.mul_(inverse).to(x_BTNH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x_BTNH, turn_BTH, inverse = ctx.saved_tensors
+        (grad,) = grads
+        # The turn is orthogonal: its transpose is the turn back.
+        back = _turned(grad, turn_BTH.conj())
+        x = x_BTNH.float()
+        dot = torch.linalg.vecdot(back, x).unsqueeze(-1)
+        scale = dot * inverse.pow(3) / x.shape[-1]
+        return back.mul_(inverse).addcmul_(x, scale, value=-1).to(x_BTNH.dtype), None, None
+
+
+def _turned(x_BTNH: Tensor, turn_BTH: Tensor) -> Tensor:
+    """A turned fp32 copy."""
+    x = x_BTNH.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn_BTH.unsqueeze(2))
+    return x
+
+
+def rotate_unit(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
+    """`unit_rms(rotate(x))`: what queries and keys of a RoPE layer with QK norm go through."""
+    if is_reference_forced():
+        return unit_rms(rotate(x_BTNH, turn_BTH), eps)
+    return _RotateUnit.apply(x_BTNH, turn_BTH, eps)
 
 
 def vision_rotation(grid: int, head_dim: int, theta: float) -> Tensor:

@@ -100,7 +100,7 @@ def test_left_padding_keeps_true_positions_where_transformers_shifts_them() -> N
 
 
 def test_no_chunk_size_means_full_attention() -> None:
-    """transformers refuses `attention_chunk_size` null; a chunk longer than the text is the same."""
+    """transformers refuses a null chunk size; a chunk longer than the text is the same."""
     theirs = oracle.text_oracle(attention_chunk_size=64)
     mine = oracle.ours(theirs)
     ids_BT = torch.arange(10, 50).view(1, -1)
