@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from l4cli.errors import L4Error
-from l4cli.text.ranks import RankedVocabulary, spell
+from l4cli.text.ranks import RankedVocabulary
 
 # Two noncharacters: tiktoken searches the text for its special tokens, so it gets one that is
 # found nowhere (with none it stops at every character: half the speed). It is never allowed.
@@ -93,8 +93,8 @@ def library_tokenizer(vocabulary: RankedVocabulary) -> Any:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     model = models.BPE(
-        vocab={spell(token): i for token, i in vocabulary.ids.items()},
-        merges=[(spell(left), spell(right)) for left, right in vocabulary.merges()],
+        vocab={word: i for i, word in enumerate(vocabulary.words)},
+        merges=list(vocabulary.merge_words()),
         ignore_merges=True,
     )
     tokenizer = Tokenizer(model)

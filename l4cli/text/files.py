@@ -6,13 +6,14 @@ source: transformers/models/llama4/convert_llama4_weights_to_hf.py, convert_slow
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from l4cli.text.chat_template import CHAT_TEMPLATE
-from l4cli.text.ranks import RankedVocabulary, check_tokens, spell, unspell
+from l4cli.text.ranks import RankedVocabulary, check_tokens, unspell
 from l4cli.text.special_tokens import NUM_PUBLISHED_RANKS, SPECIAL_TOKENS
 from l4cli.text.splitting import KNOWN_PATTERNS
 
@@ -85,8 +86,8 @@ def _tokenizer_json(vocabulary: RankedVocabulary) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {spell(token): i for i, token in enumerate(vocabulary.tokens)},
-            "merges": [[spell(a), spell(b)] for a, b in vocabulary.merges()],
+            "vocab": {word: i for i, word in enumerate(vocabulary.words)},
+            "merges": list(map(" ".join, vocabulary.merge_words())),
         },
     }
 
@@ -189,7 +190,7 @@ def _ordinary_tokens(vocab: Any, special_tokens: Mapping[str, int]) -> tuple[byt
     if sorted(ordinary.values()) != list(range(len(ordinary))):
         raise NotRanked("its ordinary ids are not 0, 1, 2, ...")
     try:
-        tokens = [unspell(word) for word in sorted(ordinary, key=ordinary.__getitem__)]
+        tokens = unspell(sorted(ordinary, key=ordinary.__getitem__))
         check_tokens(tokens)
     except ValueError as error:
         raise NotRanked(f"its vocabulary is not made of bytes: {error}") from None
@@ -207,15 +208,23 @@ def _completed(num_ranks: int, special_tokens: dict[str, int]) -> dict[str, int]
 
 def _check_merges(vocabulary: RankedVocabulary, merges: Any) -> None:
     """Refuse merges that are not all the pairs the ids give, in the order of the ids."""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges or []]
-    expected = vocabulary.merges()
+    if merges == list(map(" ".join, vocabulary.merge_words())):
+        return
+    ids = {word: i for i, word in enumerate(vocabulary.words)}
     try:
-        given = [(unspell(left), unspell(right)) for left, right in pairs]
-    except (TypeError, ValueError, AttributeError):
-        raise NotRanked("its merges are not written in the byte alphabet") from None
-    if len(given) != len(expected) or set(given) != set(expected):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges or []]
+        given = np.array([(ids[left], ids[right]) for left, right in pairs], dtype=np.int64)
+    except (KeyError, TypeError, ValueError):
+        raise NotRanked("its merges are not pairs of its tokens") from None
+    expected = vocabulary.merges
+    if len(given) != len(expected):
+        raise NotRanked(f"its ids give {len(expected)} merges, it has {len(given)}")
+    given = given.reshape(-1, 2)
+    by_pair = np.lexsort(given.T), np.lexsort(expected[:, :2].T)
+    if not np.array_equal(given[by_pair[0]], expected[by_pair[1], :2]):
         raise NotRanked("its merges are not those that its ids give")
-    ids = vocabulary.ids
-    ranks = [ids[left + right] for left, right in given]
-    if any(a > b for a, b in itertools.pairwise(ranks)):
+    # Pairs that form the same token may stand in any order.
+    formed = np.empty(len(given), dtype=np.int64)
+    formed[by_pair[0]] = expected[by_pair[1], 2]
+    if (np.diff(formed) < 0).any():
         raise NotRanked("its merges are not in the order of its ids")

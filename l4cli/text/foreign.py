@@ -86,7 +86,7 @@ def _bytes_of(word: str, is_byte_level: bool) -> bytes:
     """Say what text a token stands for; SentencePiece writes a blank as U+2581, bytes as <0x0A>."""
     if is_byte_level:
         try:
-            return unspell(word)
+            return unspell([word])[0]
         except ValueError:
             return word.encode(errors="replace")
     if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):

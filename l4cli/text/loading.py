@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def ranked_tokenizer(
             fingerprint=vocabulary.fingerprint,
             backend=engine,
             backend_reason=reason,
-            files=texts_of,
+            files=cache(texts_of),
             byte_ids=vocabulary.byte_ids,
             is_divisible=True,
             roles=special_roles(config or {}),

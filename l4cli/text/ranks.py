@@ -9,10 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
+
+from l4cli.text.merges import derive_merges
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,20 @@ class RankedVocabulary:
             digest.update(f"\0{token_id} {name}".encode())
         return digest.hexdigest()
 
-    def merges(self) -> list[tuple[bytes, bytes]]:
-        """Every pair of tokens that forms a token, in the order in which pairs merge."""
-        ids = self.ids
-        merges = []
-        for token in self.tokens:
-            pairs = [
-                (token[:i], token[i:])
-                for i in range(1, len(token))
-                if token[:i] in ids and token[i:] in ids
-            ]
-            pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-            merges += pairs
-        return merges
+    @cached_property
+    def words(self) -> list[str]:
+        """The tokens as `tokenizer.json` spells them."""
+        return spell(self.tokens)
+
+    @cached_property
+    def merges(self) -> np.ndarray:
+        """Left, right and formed id of every pair that forms a token, in merge order, [n, 3]."""
+        return derive_merges(self.tokens)
+
+    def merge_words(self) -> Iterator[tuple[str, str]]:
+        """Spell the merges as `tokenizer.json` does."""
+        words, (left, right, _) = self.words, self.merges.T.tolist()
+        return zip(map(words.__getitem__, left), map(words.__getitem__, right), strict=True)
 
 
 def parse_tiktoken_text(data: bytes) -> tuple[bytes, ...]:
@@ -113,16 +118,22 @@ _FROM_ALPHABET = {ord(char): byte for byte, char in _TO_ALPHABET.items()}
 _ALPHABET = frozenset(_TO_ALPHABET.values())
 
 
-def spell(token: bytes) -> str:
-    """Write a token's bytes in the printable alphabet."""
-    return token.decode("latin-1").translate(_TO_ALPHABET)
+def spell(tokens: Sequence[bytes]) -> list[str]:
+    """Write the bytes of tokens in the printable alphabet."""
+    text = b"".join(tokens).decode("latin-1").translate(_TO_ALPHABET)
+    ends = list(accumulate(map(len, tokens), initial=0))
+    return [text[start:end] for start, end in pairwise(ends)]
 
 
-def unspell(word: str) -> bytes:
-    """Read a token written in the printable alphabet.
+def unspell(words: Sequence[str]) -> list[bytes]:
+    """Read tokens written in the printable alphabet.
 
     raises: ValueError for characters outside it
     """
-    if not _ALPHABET.issuperset(word):
-        raise ValueError(f"`{word}` is not written in the byte alphabet")
-    return word.translate(_FROM_ALPHABET).encode("latin-1")
+    text = "".join(words)
+    foreign = set(text) - _ALPHABET
+    if foreign:
+        raise ValueError(f"`{min(foreign)}` does not stand for a byte")
+    data = text.translate(_FROM_ALPHABET).encode("latin-1")
+    ends = list(accumulate(map(len, words), initial=0))
+    return [data[start:end] for start, end in pairwise(ends)]

@@ -50,17 +50,22 @@ _RUNS = (
 )
 
 
-def blocks(parts: Iterable[str]) -> Iterator[str]:
+def blocks(
+    parts: Iterable[str],
+    *,
+    block_chars: int = BLOCK_CHARS,
+    max_block_chars: int = MAX_BLOCK_CHARS,
+) -> Iterator[str]:
     """Cut a text, given in parts of any size, where its ids do not change."""
     waiting: list[str] = []
     num_waiting = 0
     for part in parts:
         waiting.append(part)
         num_waiting += len(part)
-        if num_waiting <= BLOCK_CHARS:
+        if num_waiting <= block_chars:
             continue
         text, start = "".join(waiting), 0
-        while (end := _block_end(text, start)) is not None:
+        while (end := _block_end(text, start, block_chars, max_block_chars)) is not None:
             yield text[start:end]
             start = end
         waiting, num_waiting = [text[start:]], len(text) - start
@@ -68,22 +73,22 @@ def blocks(parts: Iterable[str]) -> Iterator[str]:
         yield "".join(waiting)
 
 
-def _block_end(text: str, start: int) -> int | None:
+def _block_end(text: str, start: int, block_chars: int, max_block_chars: int) -> int | None:
     """Find where the block that begins at `start` ends; None: more text is needed."""
-    latest = start + MAX_BLOCK_CHARS
-    found = _HARMLESS_CUT.search(text, start + BLOCK_CHARS, latest)
+    latest = start + max_block_chars
+    found = _HARMLESS_CUT.search(text, start + block_chars, latest)
     if found is not None:
         return found.end()
     return latest if len(text) > latest else None
 
 
-def cut_long_runs(block: str) -> list[str]:
+def cut_long_runs(block: str, max_run_chars: int = MAX_RUN_CHARS) -> list[str]:
     """Cut runs of one kind of character that are too long for the engines."""
-    if len(block) <= MAX_RUN_CHARS:
+    if len(block) <= max_run_chars:
         return [block]
     cuts = {0, len(block)}
     for pattern in _RUNS:
         for run in pattern.finditer(block):
-            cuts.update(range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS))
+            cuts.update(range(run.start() + max_run_chars, run.end(), max_run_chars))
     places = sorted(cuts)
     return [block[a:b] for a, b in itertools.pairwise(places)]
