@@ -1,0 +1,116 @@
+"""What this machine has: memory that can be taken now, and the rate of its matrix products.
+
+in: a device; out: bytes, operations per second
+source: /proc/meminfo, cgroup v2 and v1 files; torch.cuda.mem_get_info; a timed product
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MEASURE_S = 0.3
+_UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
+
+
+def available_memory(device: str = "cpu") -> int:
+    """Bytes that can be allocated now: of the machine, its container, and this process."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return cpu_memory(Path("/"))
+
+
+def cpu_memory(root: Path) -> int:
+    """The least of what the kernel, the control groups and the process limit leave."""
+    amounts = [_of_kernel(root), *_of_groups(root), *_of_process()]
+    return max(0, min(amount for amount in amounts if amount is not None))
+
+
+def _of_kernel(root: Path) -> int:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_groups(root: Path) -> list[int]:
+    """What each control group this process is in leaves, from the innermost to the root."""
+    found = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, cached = root / "sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            used, cached = "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        inner = (top / path.strip().lstrip("/")).resolve()
+        # A container sees its own group as the top, whatever the path says.
+        folders = [f for f in (inner, *inner.parents) if f.is_relative_to(top.resolve())] or [top]
+        found += [_of_group(f, limit, used, cached + "inactive_file") for f in folders]
+    return [amount for amount in found if amount is not None]
+
+
+def _of_group(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    limits, usage = _lines(folder / limit), _lines(folder / used)
+    if not limits or not usage or not limits[0].strip().isdigit():
+        return None  # `max`: no limit here
+    if int(limits[0]) >= _UNLIMITED:
+        return None
+    reclaimable = 0
+    for line in _lines(folder / "memory.stat"):
+        name, _, value = line.partition(" ")
+        if name == cached:
+            reclaimable = int(value)
+    return int(limits[0]) - int(usage[0]) + reclaimable
+
+
+def _of_process() -> list[int]:
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return []
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _lines(Path("/proc/self/statm"))
+    if limit == resource.RLIM_INFINITY or not pages:
+        return []
+    return [limit - int(pages[0].split()[0]) * os.sysconf("SC_PAGE_SIZE")]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []  # another kernel, or a container that hides it
+
+
+@cache
+def gemm_rate(dtype: str, device: str = "cpu") -> float:
+    """Operations per second of a large matrix product here: what MFU is a fraction of.
+
+    Takes about 0.3 s once per process; the best repetition counts, as it is a ceiling.
+    """
+    is_cuda = torch.device(device).type == "cuda"
+    size = 8192 if is_cuda else 1024
+    kind = _DTYPES[dtype]
+    a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    best_s = float("inf")
+    with torch.no_grad():
+        torch.mm(a, b, out=out)  # the first call builds the kernel
+        end = time.perf_counter() + _MEASURE_S
+        repetitions = 0
+        while repetitions < 3 or time.perf_counter() < end:
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            if is_cuda:
+                torch.cuda.synchronize()
+            best_s = min(best_s, time.perf_counter() - start)
+            repetitions += 1
+    return 2 * size**3 / best_s
