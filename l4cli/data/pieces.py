@@ -9,7 +9,7 @@ from the start of the flat `tokens`.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -18,6 +18,8 @@ import numpy as np
 from l4cli.data.frame import Frame, Labels
 from l4cli.errors import L4Error
 
+# Asked only when there is a picture: reading a large vocabulary takes a while.
+PictureBorders = Callable[[], tuple[int | None, int | None]]
 # How much of a window a picture takes beside its tokens: this many encoded bytes count as one.
 MEDIA_BYTES_PER_TOKEN = 64
 
@@ -202,6 +204,10 @@ class LabelTable:
         return {name: list(table) for name, table in self._codes.items()}
 
 
+def _no_borders() -> tuple[int | None, int | None]:
+    return None, None
+
+
 class Splitter:
     """Cuts documents longer than `limit` tokens, across frames as if there were none.
 
@@ -215,13 +221,13 @@ class Splitter:
         self.num_documents = 0  # finished ones
         self._held: Pieces | None = None
         self._name, self._base = "", 0
-        self._image_ids: tuple[int | None, int | None] = (None, None)
+        self._picture_borders: PictureBorders = _no_borders
 
-    def begin_stream(self, name: str, image_start_id: int | None, image_end_id: int | None) -> None:
-        """Name the stream for errors, and say which tokens border a picture."""
+    def begin_stream(self, name: str, picture_borders: PictureBorders) -> None:
+        """Name the stream for errors, and say which tokens border a picture, if one comes."""
         assert self._held is None, "a stream ended within a document"
         self._name, self._base = name, self.num_documents
-        self._image_ids = (image_start_id, image_end_id)
+        self._picture_borders = picture_borders
 
     def add(self, frame: Frame) -> Pieces:
         """Take one frame and give its pieces of at most `limit` tokens, in order."""
@@ -273,7 +279,7 @@ class Splitter:
         positions = frame.media_positions
         if not len(positions):
             return positions, positions
-        start_id, end_id = self._image_ids
+        start_id, end_id = self._picture_borders()
         starts = np.flatnonzero(frame.tokens == start_id)
         ends = np.flatnonzero(frame.tokens == end_id)
         before = np.searchsorted(starts, positions) - 1

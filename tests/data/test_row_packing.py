@@ -92,7 +92,7 @@ def pack(
         return None if seed is None else np.random.default_rng(seed)
 
     splitter = Splitter(seq_len, seq_len if packer is BestFitPacker else window)
-    splitter.begin_stream("x.tokens", START, END)
+    splitter.begin_stream("x.tokens", lambda: (START, END))
     packing, shuffler = packer(seq_len, window, rng()), RowShuffler(window, rng())
     done: list[Rows] = []
     for frame in frames:
@@ -332,6 +332,6 @@ def test_pictures_without_borders_are_refused() -> None:
         with pytest.raises(L4Error, match="image_start"):
             pack([damaged], BestFitPacker, 64, 64, 0)
     splitter = Splitter(64)
-    splitter.begin_stream("x", None, None)
+    splitter.begin_stream("x", lambda: (None, None))
     with pytest.raises(L4Error, match="image_start"):
         splitter.add(frame)
