@@ -34,10 +34,10 @@ def load_tokenizer(spec: str | Path, *, backend: str | None = None) -> Tokenizer
     if path.is_dir():
         path = _file_in(path)
     if path.suffix == ".json":
-        texts = {hf_files.TOKENIZER_FILE: _read(path).decode("utf-8", errors="replace")}
+        texts = {hf_files.TOKENIZER_FILE: _read_text(path)}
         for name in (hf_files.CONFIG_FILE, *hf_files.EXTRA_FILES):
             if path.name == hf_files.TOKENIZER_FILE and (path.parent / name).is_file():
-                texts[name] = _read(path.parent / name).decode("utf-8", errors="replace")
+                texts[name] = _read_text(path.parent / name)
         name = path.parent.resolve().name if path.name == hf_files.TOKENIZER_FILE else path.stem
         return tokenizer_from_files(texts, name=name, source=str(path), backend=backend)
     return _load_meta_file(path, backend)
@@ -182,6 +182,13 @@ def _read(path: Path) -> bytes:
         ) from None
     except OSError as error:
         raise _unreadable(str(path), (error.strerror or str(error)).lower()) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _unreadable(str(path), f"byte {error.start} is not UTF-8") from None
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:

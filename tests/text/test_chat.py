@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -149,3 +151,69 @@ def test_pictures_that_do_not_fit_the_messages_are_an_error(grids):
             image_grids=grids,
             tokens_per_tile=4,
         )
+
+
+def test_template_rendered_by_transformers_gives_our_ids(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in CONVERSATIONS.values():
+        for prompt in (False, True):
+            text = theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
+            pieces = text.split("<|image|>")
+            grids = GRIDS[: len(pieces) - 1]
+            blocks = [tokenizer.decode(image_block(tokenizer, *grid, 4)) for grid in grids]
+            expanded = "".join(a + b for a, b in zip(pieces, [*blocks, ""], strict=True))
+            ours = render_chat(
+                tokenizer,
+                messages,
+                add_generation_prompt=prompt,
+                image_grids=grids,
+                tokens_per_tile=4,
+            )
+            ids = theirs(expanded, add_special_tokens=False)["input_ids"]
+            assert ids == ours.ids.tolist()
+
+
+def test_template_refuses_what_we_refuse(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for message in (
+        {"role": "robot", "content": "x"},
+        {"role": "user", "content": [{"type": "audio"}]},
+        {"role": "system", "content": [{"type": "image"}]},
+    ):
+        with pytest.raises(Exception, match=r"unknown role|message with a"):
+            theirs.apply_chat_template([message], tokenize=False)
+
+
+def test_processor_of_transformers_gives_our_ids(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save(tmp_path)
+    processor = transformers.Llama4Processor(
+        image_processor=transformers.Llama4ImageProcessor(
+            size={"height": 336, "width": 336}, max_patches=16
+        ),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path),
+        chat_template=json.loads(tokenizer.files()["tokenizer_config.json"])["chat_template"],
+    )
+    messages = CONVERSATIONS["pictures"]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    pictures = [image.new("RGB", size, "red") for size in ((200, 100), (900, 600), (300, 1000))]
+    inputs = processor(images=pictures, text=text, add_special_tokens=False)
+    ours = render_chat(
+        tokenizer,
+        messages,
+        add_generation_prompt=True,
+        image_grids=[(1, 1), (2, 3), (3, 1)],
+        tokens_per_tile=TOKENS_PER_TILE,
+    )
+    assert np.asarray(inputs["input_ids"]).reshape(-1).tolist() == ours.ids.tolist()
