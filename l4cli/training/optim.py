@@ -93,7 +93,7 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State tensors by `PARAMETER.exp_avg` and the like, no copies; none before a first step."""
+        """State tensors by `PARAMETER.exp_avg` and the like, no copies; none before a step."""
         state = {} if self._muon is None else self._muon.state_dict()
         for name, parameter in self.parameters.items():
             for key, tensor in self._adamw.state.get(parameter, {}).items():
@@ -136,7 +136,7 @@ class Muon:
         for name, parameter in named:
             if name not in self.momentum:
                 self.momentum[name] = torch.zeros_like(parameter)
-        parameters = [p for _, p in named]
+        parameters: list[Tensor] = [p for _, p in named]
         grads = [p.grad for p in parameters if p.grad is not None]
         buffers = [self.momentum[name] for name, _ in named]
         torch._foreach_lerp_(buffers, grads, 1 - self.options.momentum)

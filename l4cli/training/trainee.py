@@ -1,0 +1,112 @@
+"""One model in training with everything that is its own, and how it is saved and found again.
+
+in: model, optimizer, schedule, balance, run folder; out: checkpoints that continue bit for bit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l4cli.checkpoint import RunFolder, load_training_state, load_weights, save_model
+from l4cli.checkpoint import save_training_state as write_state
+from l4cli.data.geometry import PictureGeometry
+from l4cli.data.loader import ShardSource
+from l4cli.model import Llama4Config, build_model
+from l4cli.training.balance import Balance, BalanceOptions
+from l4cli.training.optim import Optimizer, OptimizerOptions
+from l4cli.training.schedule import Schedule
+
+
+@dataclass
+class Trainee:
+    """What the loop trains; it takes a list of these."""
+
+    model: Any  # Llama4ForCausalLM or Llama4ForConditionalGeneration, fp32 master weights
+    optimizer: Optimizer
+    schedule: Schedule
+    run: RunFolder
+    tokenizer_files: Mapping[str, str]
+    geometry: PictureGeometry | None = None
+    balance: Balance | None = None  # None without MoE layers
+
+    def save(self, step: int, shared: Mapping[str, Any], keep: int | None) -> Path:
+        """Write the checkpoint of a step, whole or not at all. raises: L4Error when it fails"""
+        with self.run.writing(step, keep) as folder:
+            geometry = self.geometry if self.model.config.vision is not None else None
+            save_model(self.model, folder, self.tokenizer_files, geometry)
+            state = {"optimizer": self.optimizer.state_dict()}
+            if self.balance is not None:
+                state["balance"] = self.balance.state_dict()
+            write_state(folder, {**shared, **state})
+        return self.run.step_folder(step)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Take back weights and own state; return the state shared with the loop."""
+        state = load_training_state(folder)  # checks every file's hash first
+        load_weights(self.model, folder)
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        balance = state.pop("balance", None)
+        if self.balance is not None and balance is not None:
+            self.balance.load_state_dict(balance)
+        return state
+
+
+@dataclass(frozen=True)
+class TraineeOptions:
+    """How one model is trained, apart from its shape and its schedule."""
+
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    balance: BalanceOptions = field(default_factory=BalanceOptions)
+    dtype: str = "fp32"  # of the computation: fp32 or bf16; masters are fp32
+    freeze: str | None = None  # text or vision
+    activation_checkpointing: bool = False
+
+
+def build_trainee(
+    config: Llama4Config,
+    options: TraineeOptions,
+    schedule: Schedule,
+    run: RunFolder,
+    source: ShardSource,
+    *,
+    device: torch.device,
+    seed: int,
+) -> Trainee:
+    """Make a model with its first weights, and everything around it."""
+    model = build_model(config, device=device, seed=seed)
+    model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    model.checkpoint_layers = options.activation_checkpointing
+    if options.freeze is not None:
+        freeze(model, options.freeze)
+    return Trainee(
+        model,
+        Optimizer(model.named_parameters(), options.optimizer),
+        schedule,
+        run,
+        source.tokenizer().files(),
+        source.geometry if source.num_media else None,
+        _build_balance(config, options.balance, device),
+    )
+
+
+def _build_balance(
+    config: Llama4Config, options: BalanceOptions, device: torch.device
+) -> Balance | None:
+    text = config.text
+    layers = [i for i in range(text.num_hidden_layers) if text.is_moe(i)]
+    if not layers or text.num_local_experts < 2:
+        return None
+    return Balance(layers, text.num_local_experts, options, device)
+
+
+def freeze(model: Any, half: str) -> None:
+    """Keep the weights of the `text` or the `vision` half; the projector always learns."""
+    prefix = {"text": "language_model.", "vision": "vision_model."}[half]
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            parameter.requires_grad_(False)
