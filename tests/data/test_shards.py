@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -14,8 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from shard_samples import GEOMETRY, header_of, make_shards, picture_frame, text_frame
+from safetensors.numpy import load_file
+from shard_samples import (
+    GEOMETRY,
+    change_tensors,
+    header_of,
+    make_shards,
+    picture_frame,
+    text_frame,
+)
 
 from l4cli.data.packing import BestFitPacker, Rows
 from l4cli.data.pieces import Splitter
@@ -262,19 +268,6 @@ def error_of(folder: Path, read: bool = False) -> L4Error:
 def change_index(folder: Path, **fields) -> None:
     index = json.loads((folder / "index.json").read_text())
     index.update(fields)
-    (folder / "index.json").write_text(json.dumps(index))
-
-
-def change_tensors(folder: Path, change) -> None:
-    """Rewrite the last shard, and the index so that the file's size and hash fit."""
-    index = json.loads((folder / "index.json").read_text())
-    facts = index["shards"][-1]
-    path = folder / facts["file"]
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    facts["bytes"] = path.stat().st_size
-    facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "index.json").write_text(json.dumps(index))
 
 
