@@ -15,6 +15,7 @@ from l4cli.errors import L4Error
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
+PROCESSOR_FILES = (PREPROCESSOR_FILE, PROCESSOR_FILE)
 MAX_IMAGE_SIZE = 8192  # far above any tower; a larger value in a file is a damaged file
 
 
