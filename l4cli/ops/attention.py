@@ -98,8 +98,8 @@ def segment_attention(
     outputs, places = [], []
     for bucket in plan.buckets:
         assert bucket.index is not None
-        gathered = (x.index_select(0, bucket.index) for x in (q_MNH, k_MKH, v_MKH))
-        out_MNH = _attend_bucket(*gathered, bucket.length)
+        q, k, v = (x.index_select(0, bucket.index) for x in (q_MNH, k_MKH, v_MKH))
+        out_MNH = _attend_bucket(q, k, v, bucket.length)
         if bucket.real is None:
             outputs.append(out_MNH)
             places.append(bucket.index)
