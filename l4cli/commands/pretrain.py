@@ -287,12 +287,12 @@ def show_dry_run(prepared: Prepared) -> None:
     }
     sizes = {**plan.bytes_by_class, "total": plan.total_bytes, "available": plan.available_bytes}
     in_bytes = {f"bytes_{name}": size for name, size in sizes.items()}
-    terminal.emit({"event": "plan", **figures, **in_bytes, "time_s": round(time_s, 1)})
+    terminal.emit({"event": "plan", **figures, **in_bytes, "fits": plan.fits, "time_s": time_s})
     rows = [(name, terminal.count_text(value)) for name, value in figures.items()]
     rows += [(name, terminal.bytes_text(size)) for name, size in in_bytes.items()]
-    rows += [
-        ("time", f"{terminal.time_text(time_s)}, at {TYPICAL_MFU:.0%} of the matrix rate here")
-    ]
+    rows += [("fits", "yes" if plan.fits else "no")]
+    rows += [("time", f"{terminal.time_text(time_s)} at {TYPICAL_MFU:.0%} of the GEMM rate here")]
+    terminal.table("", ("what", "figure"), rows)
 
 
 def run(request: Request, prepared: Prepared) -> None:

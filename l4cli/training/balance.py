@@ -83,7 +83,7 @@ class Balance:
         self._scale = 1.0
         self._used_LE = self.bias_LE
         self._mask_BT: Tensor | None = None
-        self._losses: list[Tensor] = []
+        self._seen: list[tuple[Tensor, Tensor, int]] = []  # logits, choices, experts a token
 
     def bias(self, layer_idx: int) -> Tensor | None:
         """What is added to a layer's scores for the choice only, fp32 [E]."""
@@ -92,7 +92,7 @@ class Balance:
         return self._used_LE[self._row[layer_idx]]
 
     def record(self, layer_idx: int, logits_BTE: Tensor, expert_BTA: Tensor) -> None:
-        """Count a layer's choices, and keep its part of the loss."""
+        """Count a layer's choices, and keep what the loss needs."""
         if self._mask_BT is None:
             return
         row = self._row[layer_idx]
@@ -101,21 +101,26 @@ class Balance:
         chosen_BE = chosen_BTE.sum(1)
         self.counts_LE[row] += chosen_BE.sum(0).to(torch.int64)
         if self.options.uses_loss:
-            top_k = expert_BTA.shape[-1]
-            self._losses.append(_sequence_loss(logits_BTE, chosen_BE, self._mask_BT, top_k))
+            # Worked out after the pass: activation checkpointing wants the same tensors saved
+            # when it runs a layer again, and then there is nothing to record.
+            self._seen.append((logits_BTE, chosen_BE, expert_BTA.shape[-1]))
 
     def begin(self, is_token_BT: Tensor) -> None:
         """Say which positions of the coming forward pass hold tokens, not padding."""
         self._mask_BT = is_token_BT.to(torch.float32)
-        self._losses = []
+        self._seen = []
 
     def sequence_loss(self) -> Tensor | None:
         """The scaled loss of the pass, summed over layers, each row times its tokens.
 
         To be divided by the number of tokens. None without a loss or without MoE layers.
         """
-        losses, self._losses, self._mask_BT = self._losses, [], None
-        return self.options.loss_scale * torch.stack(losses).sum() if losses else None
+        seen, mask_BT = self._seen, self._mask_BT
+        self._seen, self._mask_BT = [], None
+        if not seen or mask_BT is None:
+            return None
+        losses = [_sequence_loss(logits, chosen, mask_BT, k) for logits, chosen, k in seen]
+        return self.options.loss_scale * torch.stack(losses).sum()
 
     def start_step(self, step: int, num_steps: int) -> None:
         """Forget the counts, and take the bias that this step is to use."""
