@@ -8,6 +8,7 @@ from l4cli.checkpoint.manifest import Problem, verify_manifest, write_manifest
 from l4cli.checkpoint.reader import load_config, load_model, load_weights
 from l4cli.checkpoint.run_folder import RunFolder
 from l4cli.checkpoint.stored import StoredWeights, open_weights, resolve_checkpoint
+from l4cli.checkpoint.summary import describe_checkpoint, describe_run, describe_weights_file
 from l4cli.checkpoint.training_state import (
     load_training_state,
     read_state_json,
@@ -19,6 +20,9 @@ __all__ = [
     "Problem",
     "RunFolder",
     "StoredWeights",
+    "describe_checkpoint",
+    "describe_run",
+    "describe_weights_file",
     "load_config",
     "load_model",
     "load_training_state",

@@ -35,7 +35,7 @@ DTYPES = {
 _MAPPED_BYTES = 1 << 30
 
 
-def load_config(path: Path | str) -> Llama4Config:
+def load_config(path: Path | str, *, allow_quantized: bool = False) -> Llama4Config:
     """Read the config of a checkpoint.
 
     raises: L4Error for a missing config, another architecture, or a quantized checkpoint
@@ -44,7 +44,7 @@ def load_config(path: Path | str) -> Llama4Config:
     _require_config(folder)
     config = Llama4Config.from_file(folder / CONFIG)
     quantization = json_object(folder / CONFIG).get("quantization_config")
-    if quantization:
+    if quantization and not allow_quantized:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise _quantized(folder, f"`{CONFIG}` says `{method or quantization}`")
     return config

@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from l4cli.errors import L4Error
 
 LATEST = "latest"
 LOCK = ".lock"
+_LOCK_TRIES = 5
 _STEP = re.compile(r"step-(\d{6,})")
 _UNFINISHED = re.compile(r"\.step-\d+\.tmp|\.latest\.tmp-\d+")
 _REPLACED = re.compile(r"\.(step-\d+)\.old")
@@ -51,12 +53,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor)
         except BlockingIOError as error:
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            owner = _number(os.pread(descriptor, 32, 0))
             os.close(descriptor)
-            why = f"process {owner} is writing to it"
-            fix = f"wait for it, stop it with `kill {owner}`, or choose another folder with `-o`"
+            why = f"process {owner or 'unknown'} is writing to it"
+            stop = f"stop it with `kill {owner}`, " if owner else ""
+            fix = f"wait for it, {stop}or choose another folder with `-o`"
             raise L4Error(f"cannot write to `{self.path}`", why=why, fix=fix) from error
         except OSError:
             os.close(descriptor)
@@ -73,6 +76,20 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def owner(self) -> int | None:
+        """The process that is writing to the folder, if any."""
+        try:
+            descriptor = os.open(self.path / LOCK, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _number(os.pread(descriptor, 32, 0))
+        finally:
+            os.close(descriptor)
+        return None
 
     def _forget_lock(self) -> None:
         if self._lock is not None:
@@ -176,6 +193,20 @@ class RunFolder:
                 dying = self.path / f".{folder.name}.tmp"
                 folder.rename(dying)
                 _remove(dying)
+
+
+def _flock(descriptor: int) -> None:
+    for _ in range(_LOCK_TRIES - 1):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)  # someone may just be asking who the owner is
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _number(data: bytes) -> int | None:
+    text = data.strip()
+    return int(text) if text.isdigit() else None
 
 
 def _remove(path: Path) -> None:

@@ -18,12 +18,14 @@ from l4cli.planning.plan import (
     plan_training,
     require_training_fits,
 )
+from l4cli.planning.summary import describe_config
 
 __all__ = [
     "TYPICAL_MFU",
     "TrainingPlan",
     "active_matmul_parameters",
     "available_memory",
+    "describe_config",
     "flops_per_token",
     "gemm_rate",
     "inference_bytes",
