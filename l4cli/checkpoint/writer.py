@@ -7,6 +7,7 @@ source: HF Llama4 checkpoints (transformers 5.23); DESIGN section 2
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -53,6 +54,7 @@ def save_model(
         _write_files(model, folder, tokenizer_files, geometry, dtype, max_shard_bytes)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir()
@@ -62,6 +64,24 @@ def save_model(
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves of the same folder left; a living process may still be writing."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.tmp-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's process
+    return True
 
 
 def _write_files(

@@ -259,3 +259,15 @@ def test_saving_over_something_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(L4Error, match="it is a file"):
         save_model(model, tmp_path / "file", {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "text"]
+
+
+def test_leftovers_of_a_killed_save_are_removed(text: Path, tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)  # its id belongs to nobody now
+    for pid in (child, os.getppid()):
+        (tmp_path / f".out.tmp-{pid}").mkdir()
+    save_model(load_model(text), tmp_path / "out", {})
+    assert not (tmp_path / f".out.tmp-{child}").exists()
+    assert (tmp_path / f".out.tmp-{os.getppid()}").exists()  # someone living may be writing it

@@ -216,3 +216,12 @@ def test_loading_needs_the_model_and_one_shard(tmp_path: Path) -> None:
         grown, size = (int(word) for word in line.split())
         assert size > 1.5 * shard_bytes
         assert grown < size + shard_bytes + (24 << 20), (grown, size)
+
+
+def test_a_big_file_is_opened_piece_by_piece(
+    hf_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_model(hf_text)
+    monkeypatch.setattr("l4cli.checkpoint.reader._MAPPED_BYTES", 20_000)
+    for name, parameter in load_model(hf_text).state_dict().items():
+        assert torch.equal(parameter, whole.state_dict()[name]), name
