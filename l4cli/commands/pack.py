@@ -28,7 +28,7 @@ from l4cli.errors import UsageError
 STDIN = "-"
 MAX_SEQ_LEN = 1 << 24
 WINDOW_TOKENS = 1 << 21
-WINDOW_ROWS = 32  # long rows need a larger window to find fitting pieces
+WINDOW_ROWS = 16  # long rows need a larger window to find fitting pieces
 _LENGTHS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 _COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}
 
@@ -56,7 +56,7 @@ def pack(
         typer.Option(
             "--window",
             metavar="N",
-            help="tokens packed and shuffled at a time; bounds memory  [default: 2M or 32 rows]",
+            help="tokens packed and shuffled at a time; bounds memory  [default: 2M or 16 rows]",
         ),
     ] = None,
     shard_rows: Annotated[

@@ -16,6 +16,7 @@ from typing import NoReturn
 import numpy as np
 
 from l4cli.data.frame import Frame, Labels
+from l4cli.data.geometry import PictureGeometry
 from l4cli.errors import L4Error
 
 # Asked only when there is a picture: reading a large vocabulary takes a while.
@@ -222,12 +223,19 @@ class Splitter:
         self._held: Pieces | None = None
         self._name, self._base = "", 0
         self._picture_borders: PictureBorders = _no_borders
+        self._geometry = PictureGeometry()
 
-    def begin_stream(self, name: str, picture_borders: PictureBorders) -> None:
+    def begin_stream(
+        self,
+        name: str,
+        picture_borders: PictureBorders,
+        geometry: PictureGeometry | None = None,
+    ) -> None:
         """Name the stream for errors, and say which tokens border a picture, if one comes."""
         assert self._held is None, "a stream ended within a document"
         self._name, self._base = name, self.num_documents
         self._picture_borders = picture_borders
+        self._geometry = geometry or PictureGeometry()
 
     def add(self, frame: Frame) -> Pieces:
         """Take one frame and give its pieces of at most `limit` tokens, in order."""
@@ -296,10 +304,11 @@ class Splitter:
         if length > self.seq_len:
             number = self.num_documents - self._base + int(owners[longest]) + 1
             rows, cols = frame.media_tiles[longest]
+            most = longest_block(self._geometry)
             raise L4Error(
                 f"cannot pack document {number} of `{self._name}` into rows of {self.seq_len}",
                 why=f"it holds a picture of {rows} x {cols} tiles, {length} tokens in one block",
-                fix=f"pass `--seq-len {length}` or more, or tokenize with fewer tiles a picture",
+                fix=f"pass `--seq-len {length}` or more; {most} holds any picture of this geometry",
             )
         return starts, ends
 
@@ -326,6 +335,15 @@ class Splitter:
             begin, end = int(documents.offsets[i]), int(documents.offsets[i + 1])
             cuts.append(np.array(cuts_between(begin, end, self.limit, starts, ends), np.int64))
         return np.sort(np.concatenate(cuts))
+
+
+def longest_block(geometry: PictureGeometry) -> int:
+    """Tokens of the picture with the most tiles: those, one separator each, the global tile, the
+    border tokens and `<|image|>`."""
+    num_tiles, num_tokens = geometry.max_patches, geometry.tokens_per_tile
+    if num_tiles == 1:
+        return num_tokens + 3
+    return num_tiles * (num_tokens + 1) + num_tokens + 3
 
 
 def cuts_between(

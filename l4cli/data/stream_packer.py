@@ -57,7 +57,7 @@ def pack_streams(
             for name in names:
                 with _opened(name) as reader:
                     header = _agreed(header, reader.header, names[0], name)
-                    line.splitter.begin_stream(name, _picture_borders(header))
+                    line.splitter.begin_stream(name, _picture_borders(header), header.geometry)
                     for frame in reader:
                         line.write(line.packer.add(line.splitter.add(frame)), writer)
                         rate = writer.num_tokens / (time.monotonic() - began)

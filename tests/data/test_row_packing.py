@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from l4cli.data.frame import Frame
+from l4cli.data.geometry import PictureGeometry
 from l4cli.data.packing import BestFitPacker, ConcatPacker, Rows, RowShuffler, best_fit
-from l4cli.data.pieces import Splitter, offsets_of
+from l4cli.data.pieces import Splitter, longest_block, offsets_of
 from l4cli.errors import L4Error
+from l4cli.text import image_block, load_tokenizer
 
 START, END = 1, 2  # ids that border a picture; every other token of a test has its own id
 
@@ -322,6 +324,21 @@ def test_picture_longer_than_a_row_names_the_document_and_the_fix() -> None:
     assert "document 7 of `x.tokens`" in caught.value.what
     assert "40 tokens" in caught.value.why
     assert "--seq-len 40" in caught.value.fix
+    assert "2467" in caught.value.fix
+
+
+def test_longest_block_is_what_a_tokenizer_writes() -> None:
+    tokenizer = load_tokenizer("bytes")
+    for geometry in (
+        PictureGeometry(),
+        PictureGeometry(image_size=32, patch_size=8, max_patches=1),
+        PictureGeometry(image_size=32, patch_size=8, max_patches=6),
+    ):
+        grids = [
+            (r, c) for r in range(1, 17) for c in range(1, 17) if r * c <= geometry.max_patches
+        ]
+        blocks = [image_block(tokenizer, r, c, geometry.tokens_per_tile) for r, c in grids]
+        assert longest_block(geometry) == max(len(block) for block in blocks)
 
 
 def test_pictures_without_borders_are_refused() -> None:
