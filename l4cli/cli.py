@@ -73,6 +73,14 @@ class LazyGroup(TyperGroup):
             raise UsageError(f"unknown command `{name}`", why=why, fix=suggest(name, _BY_NAME))
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Here, because typer's `main` turns it into exit code 1.
+            _silence_stdout()
+            raise typer.Exit(errors.CLOSED_PIPE) from None
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(_help_text())
 
@@ -155,6 +163,8 @@ def _run(args: list[str]) -> int:
 _WORLD_ERRORS = {
     errno.ENOSPC: "free some space, or write elsewhere with `-o`",
     errno.EDQUOT: "free some space, or write elsewhere with `-o`",
+    errno.EFBIG: "raise the limit of file sizes: `ulimit -f unlimited`",
+    errno.EEXIST: "name a path that does not exist yet",
     errno.EACCES: "check the permissions, or name another path",
     errno.EPERM: "check the permissions, or name another path",
     errno.EROFS: "name a path on a writable disk",

@@ -75,6 +75,26 @@ def result(text: str) -> None:
         print(text, flush=True)
 
 
+def stream(text: str) -> None:
+    """Write a piece of an answer to stdout at once; nothing under `--json`.
+
+    On a terminal control characters are shown, not obeyed: models must not steer it.
+    """
+    if _settings.json or _settings.rank != 0:
+        return
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else _spelled(c) for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    # An old locale loses characters; the answer goes on.
+    text = text.encode(encoding, errors="replace").decode(encoding)
+    print(text, end="", flush=True)
+
+
+def _spelled(character: str) -> str:
+    is_control = ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0
+    return f"\\x{ord(character):02x}" if is_control else character
+
+
 def emit(event: Mapping[str, Any]) -> None:
     """Write one JSON line to stdout, under `--json` only."""
     if _settings.json and _settings.rank == 0:
@@ -84,12 +104,12 @@ def emit(event: Mapping[str, Any]) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table as data on stdout; plain aligned columns, so that it pipes."""
     cells = [[str(cell) for cell in row] for row in rows]
-    widths = [
-        max([len(name)] + [len(row[i]) for row in cells]) for i, name in enumerate(columns)
-    ]
+    widths = [max([len(name)] + [len(row[i]) for row in cells]) for i, name in enumerate(columns)]
     lines = [title] if title else []
     lines += ["  ".join(n.ljust(w) for n, w in zip(columns, widths, strict=True)).rstrip()]
-    lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines += [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
     result("\n".join(lines))
 
 

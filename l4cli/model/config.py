@@ -123,6 +123,8 @@ class Llama4Config:
             fix = "pass a Llama 4 `config.json`"
             raise L4Error(f"cannot use `{source}` as a model config", why=why, fix=fix)
         try:
+            _check_types(TextConfig, keys.get("text_config") or keys)
+            _check_types(VisionConfig, keys.get("vision_config") or {})
             if model_type == "llama4_text":
                 return cls(text=_text_from(keys), vision=None)
             vision = keys.get("vision_config")
@@ -132,6 +134,9 @@ class Llama4Config:
                 vision=None if vision is None else _pick(VisionConfig, _flat_rope(vision)),
                 **{name: keys[name] for name in indices if name in keys},
             )
+        except L4Error as error:
+            what = f"cannot use `{source}` as a model config"
+            raise L4Error(what, why=error.why, fix=error.fix) from None
         except (TypeError, ValueError, AttributeError) as error:
             why = " ".join(str(error).split())
             fix = "compare it with the `config.json` of a published Llama 4"
@@ -181,6 +186,9 @@ def _flat_rope(keys: dict[str, Any]) -> dict[str, Any]:
     """Unfold transformers 5's `rope_parameters` into `rope_theta` and `rope_scaling`."""
     rope = keys.get("rope_parameters")
     if not rope:
+        rope = keys.get("rope_scaling")
+        if rope and "rope_type" not in rope and "type" in rope:  # the spelling of 2023
+            return {**keys, "rope_scaling": {**rope, "rope_type": rope["type"]}}
         return keys
     rope = dict(rope)
     flat = {**keys, "rope_theta": rope.pop("rope_theta", keys.get("rope_theta"))}
@@ -211,6 +219,18 @@ def _pick(cls: type, keys: dict[str, Any]) -> Any:
     return cls(**known)
 
 
+def _check_types(cls: type, keys: dict[str, Any]) -> None:
+    """Numbers are numbers. raises: ValueError naming the key"""
+    for f in dataclasses.fields(cls):
+        value = keys.get(f.name)
+        if value is None or f.type not in ("int", "float", "int | None"):
+            continue
+        wanted = "a number" if f.type == "float" else "a whole number"
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (is_whole or (f.type == "float" and isinstance(value, float))):
+            raise ValueError(f"`{f.name}` is {value!r}, not {wanted}")
+
+
 def _require(is_true: bool, why: str) -> None:
     if not is_true:
         fix = "change the sizes in the config, or with `--set`"
@@ -235,10 +255,23 @@ def _check_text(text: TextConfig) -> None:
     rope_flags = text.no_rope_layers
     why = f"`no_rope_layers` has {len(rope_flags or [])} entries, not {text.num_hidden_layers}"
     _require(not rope_flags or len(rope_flags) == text.num_hidden_layers, why)
-    rope_type = (text.rope_scaling or {}).get("rope_type", "default")
+    outside = [i for i in text.moe_layers or [] if not 0 <= i < text.num_hidden_layers]
+    _require(not outside, f"`moe_layers` names {outside}, of {text.num_hidden_layers} layers")
+    _check_rope_scaling(text.rope_scaling or {})
+    _require(not text.tie_word_embeddings, "`tie_word_embeddings` is true; Llama 4 unties them")
+
+
+def _check_rope_scaling(scaling: dict[str, Any]) -> None:
+    rope_type = scaling.get("rope_type", "default")
     why = f"`rope_scaling` is of type `{rope_type}`; known are `default` and `llama3`"
     _require(rope_type in ("default", "llama3"), why)
-    _require(not text.tie_word_embeddings, "`tie_word_embeddings` is true; Llama 4 unties them")
+    if rope_type == "default":
+        return
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for name in names:
+        value = scaling.get(name)
+        is_number = isinstance(value, int | float) and value > 0
+        _require(is_number, f"`rope_scaling` has `{name}` {value!r}, not a number above 0")
 
 
 def _check_vision(vision: VisionConfig) -> None:

@@ -92,6 +92,10 @@ def test_unknown_preset_names_the_nearest() -> None:
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"head_dim": 31}, "head_dim"),
         ({"hidden_size": "many"}, "hidden_size"),
+        ({"rms_norm_eps": "a"}, "rms_norm_eps"),
+        ({"moe_layers": [99]}, "moe_layers"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "linear"),
     ],
 )
 def test_impossible_configs_are_refused(change: dict, word: str) -> None:
