@@ -183,3 +183,8 @@ def test_sources_are_plain_ascii() -> None:
 
 def test_python_dash_m_is_the_same_door() -> None:
     assert python("-m", "l4cli", "--version").stdout.strip() == "0.1.0"
+
+
+def test_torchrun_can_start_it() -> None:
+    done = python("-m", "torch.distributed.run", "--nproc-per-node=1", "-m", "l4cli", "--version")
+    assert "0.1.0" in done.stdout, done.stderr
