@@ -147,33 +147,38 @@ class _PlainLines:
 
 
 class _Bar:
-    def __init__(self, bar: Any, task: Any) -> None:
-        self.bar, self.task = bar, task
+    def __init__(self, bar: Any, task: Any, line: Any) -> None:
+        self.bar, self.task, self.line = bar, task, line
 
     def update(self, completed: float, **figures: str) -> None:
-        shown = "  ".join(f"{name} {value}" for name, value in figures.items())
-        self.bar.update(self.task, completed=completed, figures=shown)
+        # The bar has an eta of its own.
+        shown = (f"{name} {value}" for name, value in figures.items() if name != "eta")
+        self.line.plain = "  ".join(shown)
+        self.bar.update(self.task, completed=completed)
 
 
 @contextmanager
 def progress(label: str, total: float | None = None) -> Iterator[Progress]:
-    """A bar with an eta on a terminal, else one plain line per interval; on stderr."""
+    """A bar with an eta and the figures below, or without a terminal one plain line per interval.
+
+    On stderr.
+    """
     if is_quiet():
         yield _Silent()
     elif not sys.stderr.isatty():
         yield _PlainLines(label, total)
     else:
+        from rich.console import Group
+        from rich.live import Live
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.text import Text
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-        )
-        with RichProgress(*columns, console=console(), transient=True) as bar:
-            yield _Bar(bar, bar.add_task(label, total=total, figures=""))
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        screen = console()
+        bar, line = RichProgress(*columns, console=screen), Text(no_wrap=False)
+        with Live(Group(bar, line), console=screen, transient=True):
+            yield _Bar(bar, bar.add_task(label, total=total), line)
 
 
 def bytes_text(size_bytes: float) -> str:

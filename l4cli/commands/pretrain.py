@@ -301,7 +301,7 @@ def run(request: Request, prepared: Prepared) -> None:
     from l4cli.training.device import make_repeatable
     from l4cli.training.run import Run
 
-    make_repeatable(request.seed)
+    make_repeatable(request.seed, prepared.device)
     options = _identity(request, prepared)
     settings = {
         "data_paths": request.shards,

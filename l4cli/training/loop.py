@@ -89,6 +89,7 @@ class Loop:
         self._interrupts = Interrupts()
         self._files = [MetricsFile(trainee.run.path) for trainee in self.trainees]
         self._grad_norms = [0.0] * len(self.trainees)
+        self._last_figures = ""
         self._window_tokens = self._window_tiles = 0
         self._window = Stopwatch()
 
@@ -134,6 +135,8 @@ class Loop:
             folder = self.trainees[0].run.step_folder(self.step)
             terminal.say(f"saved `{folder}`; the same command continues from there")
             raise self._interrupts.as_exception()
+        elapsed = terminal.time_text(time.perf_counter() - self._started)
+        terminal.say(f"trained to step {self.step} in {elapsed}{self._last_figures}")
         return self.trainees[0].run.step_folder(self.step)
 
     def _is_due(self, every: int) -> bool:
@@ -263,6 +266,7 @@ class Loop:
         figures["mem_gib"] = f"{event['mem_gib']:.1f}"
         if "expert_load" in event:
             figures["load"] = f"{max(event['expert_load'].values(), default=1.0):.1f}"
+        self._last_figures = f"  loss {figures['loss']}  tok_per_sec {figures['tok_per_sec']}"
         figures["eta"] = terminal.time_text(per_step_s * (total - done))
         bar.update(done, **figures)
 
