@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from l4cli.data.media import PICTURE_SUFFIXES
 from l4cli.errors import L4Error
 
 STDIN = "-"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 HEAD_BYTES = 8192  # a zero byte among the first ones marks a binary file, as in grep and git
 

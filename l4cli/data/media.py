@@ -21,7 +21,6 @@ from l4cli.data.geometry import PictureGeometry
 from l4cli.data.resize import resize
 from l4cli.errors import L4Error
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: 256 MiB of RGB
 MAX_MEDIA_BYTES = 256 << 20
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"

@@ -15,7 +15,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -328,17 +328,3 @@ class StreamReader:
 def read_stream(file: BinaryIO, name: str) -> StreamReader:
     """Open a stream: an iterator of `Frame`s with a `header`; never seeks."""
     return StreamReader(file, name)
-
-
-def stream_facts(reader: StreamReader) -> dict[str, Any]:
-    """Read a whole stream through and say what it held, for `l4 info`."""
-    for _ in reader:
-        pass
-    header = reader.header
-    return {
-        **asdict(reader.totals),
-        "size_bytes": reader.num_bytes,
-        "vocab_size": header.vocab_size,
-        "fingerprint": header.fingerprint,
-        "geometry": header.geometry.to_dict(),
-    }
