@@ -176,7 +176,7 @@ def progress(label: str, total: float | None = None) -> Iterator[Progress]:
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         screen = console()
-        bar, line = RichProgress(*columns, console=screen), Text(no_wrap=False)
+        bar, line = RichProgress(*columns, console=screen), Text(no_wrap=False, overflow="fold")
         with Live(Group(bar, line), console=screen, transient=True):
             yield _Bar(bar, bar.add_task(label, total=total), line)
 
