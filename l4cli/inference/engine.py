@@ -91,12 +91,16 @@ class Engine:
     def __init__(
         self,
         model: Llama4ForCausalLM | Llama4ForConditionalGeneration,
+        *,
+        num_token_ids: int | None = None,
         max_context: int | None = None,
     ) -> None:
+        """`num_token_ids`: the tokenizer's; the rows above are padding and are never chosen."""
         self.model = model.eval()
         self.config: Llama4Config = model.config
         self.max_context = max_context or self.config.text.max_position_embeddings
         self.device = model.lm_head.weight.device
+        self.never = _never_chosen(self.config, num_token_ids).to(self.device)
 
     def check_context(self, num_tokens: int) -> None:
         """raises: L4Error with both numbers when so many tokens do not fit"""
@@ -187,8 +191,7 @@ class Engine:
         if len(request.tokens):
             self.prefill(request.tokens, request.pixel_values, cache=cache, routing=record)
         assert cache.logits_V is not None, "give tokens, or a cache that has read some"
-        vocab_size = self.config.text.vocab_size
-        sampler = Sampler(request.sampling, cache.tokens, vocab_size, self.device)
+        sampler = Sampler(request.sampling, cache.tokens, self.never, cache.logits_V)
         experts = None if record is None else record.take()[0]
         return _Row(index, request, cache, sampler, experts)
 
@@ -201,10 +204,10 @@ class Engine:
         finish: Finish | None = None
         if row.token in row.request.stop_ids:
             finish = "stop"
-        elif row.num_new_tokens >= row.request.max_new_tokens:
-            finish = "length"
         elif row.cache.num_tokens + 1 >= self.max_context:
             finish = "context"
+        elif row.num_new_tokens >= row.request.max_new_tokens:
+            finish = "length"
         return Event(row.index, row.token, logprob, finish, row.experts)
 
     @torch.inference_mode()
@@ -248,6 +251,15 @@ class Engine:
             hidden_1TD = self.model.hidden(batch, cache=cache, routing=routing)
             cache.tokens.extend(ids_T[rows].tolist())
             yield rows, hidden_1TD[0]
+
+
+def _never_chosen(config: Llama4Config, num_token_ids: int | None) -> Tensor:
+    """Ids that no answer may hold: padding rows, and the placeholder that stands for pixels."""
+    vocab_size = config.text.vocab_size
+    ids = list(range(num_token_ids or vocab_size, vocab_size))
+    if config.vision is not None and config.image_token_index not in ids:
+        ids.append(config.image_token_index)
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _as_ids(tokens: Any) -> Tensor:

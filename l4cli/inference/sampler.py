@@ -95,18 +95,22 @@ class Sampler:
     """One request's options, its own stream of random numbers and, for the penalty, its past."""
 
     def __init__(
-        self, options: SamplingOptions, seen: Sequence[int], vocab_size: int, device: torch.device
+        self, options: SamplingOptions, seen: Sequence[int], never: Tensor, like_V: Tensor
     ) -> None:
-        self.options = options
+        self.options, self.never = options, never  # ids that are never chosen
+        device = like_V.device
         self.generator = torch.Generator(device).manual_seed(options.seed)
         self.is_seen_V: Tensor | None = None
         if options.repetition_penalty != 1:
-            self.is_seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.is_seen_V = torch.zeros(like_V.shape, dtype=torch.bool, device=device)
             self.is_seen_V[torch.tensor(seen, dtype=torch.int64, device=device)] = True
 
     def choose(self, logits_V: Tensor) -> tuple[int, float]:
         """Draw a token; also its log-probability under the model itself, before any filter."""
-        shaped_V = shape_logits(logits_V, self.is_seen_V, self.options)
+        allowed_V = logits_V
+        if len(self.never):
+            allowed_V = logits_V.index_fill(0, self.never, -torch.inf)
+        shaped_V = shape_logits(allowed_V, self.is_seen_V, self.options)
         if self.options.temperature == 0:
             token = int(shaped_V.argmax())
         else:

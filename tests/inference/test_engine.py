@@ -186,3 +186,14 @@ def test_bf16_decoding_stays_close_to_the_bf16_forward():
         cache = Engine(model).prefill([token], cache=cache)
         logits.append(cache.logits_V)
     assert (torch.stack(logits).double() - exact).abs().mean() <= 2 * plain_error
+
+
+def test_padding_rows_and_the_placeholder_are_never_chosen():
+    ids, pixels = picture_prompt()
+    sampling = SamplingOptions(temperature=100.0)
+    request = Request(ids, pixels, max_new_tokens=60, sampling=sampling)
+    engine = Engine(vision_model(), num_token_ids=20)
+    assert all(event.token < 20 for event in engine.generate([request]))
+    drawn = {event.token for event in Engine(vision_model()).generate([request])}
+    assert PATCH not in drawn
+    assert max(drawn) > 20

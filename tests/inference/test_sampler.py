@@ -18,7 +18,7 @@ from l4cli.inference.sampler import (
     shape_logits,
 )
 
-CPU = torch.device("cpu")
+NONE = torch.empty(0, dtype=torch.int64)
 # Probabilities 0.5, 0.25, 0.125, 0.125, in a mixed order.
 LOGITS = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()
 
@@ -91,24 +91,27 @@ def test_same_survivors_as_transformers():
 
 def test_draws_follow_the_probabilities_and_the_seed():
     options = SamplingOptions(temperature=1.0, seed=7)
-    sampler = Sampler(options, [], 4, CPU)
+    sampler = Sampler(options, [], NONE, LOGITS)
     drawn = [sampler.choose(LOGITS) for _ in range(4000)]
     counts = torch.bincount(torch.tensor([token for token, _ in drawn]), minlength=4) / 4000
     torch.testing.assert_close(counts, LOGITS.exp(), atol=0.03, rtol=0)
     for token, logprob in drawn[:20]:
         assert logprob == pytest.approx(float(LOGITS[token]), abs=1e-6)
-    again = Sampler(options, [], 4, CPU)
+    again = Sampler(options, [], NONE, LOGITS)
     assert [again.choose(LOGITS)[0] for _ in range(100)] == [token for token, _ in drawn[:100]]
-    other = Sampler(SamplingOptions(temperature=1.0, seed=8), [], 4, CPU)
+    other = Sampler(SamplingOptions(temperature=1.0, seed=8), [], NONE, LOGITS)
     assert [other.choose(LOGITS)[0] for _ in range(100)] != [token for token, _ in drawn[:100]]
 
 
 def test_temperature_zero_is_greedy_and_the_penalty_still_holds():
-    assert Sampler(SamplingOptions(), [], 4, CPU).choose(LOGITS) == (1, pytest.approx(-math.log(2)))
+    assert Sampler(SamplingOptions(), [], NONE, LOGITS).choose(LOGITS) == (
+        1,
+        pytest.approx(-math.log(2)),
+    )
     logits = torch.tensor([3.0, 2.9, 0.0, 0.0])
-    sampler = Sampler(SamplingOptions(repetition_penalty=1.1), [], 4, CPU)
+    sampler = Sampler(SamplingOptions(repetition_penalty=1.1), [], NONE, LOGITS)
     assert [sampler.choose(logits)[0] for _ in range(3)] == [0, 1, 0]
-    sampler = Sampler(SamplingOptions(repetition_penalty=1.1), [0], 4, CPU)
+    sampler = Sampler(SamplingOptions(repetition_penalty=1.1), [0], NONE, LOGITS)
     assert sampler.choose(logits)[0] == 1
 
 
@@ -128,3 +131,11 @@ def test_temperature_zero_is_greedy_and_the_penalty_still_holds():
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(UsageError, match="cannot sample"):
         SamplingOptions(**wrong)
+
+
+def test_some_ids_are_never_chosen():
+    for options in (SamplingOptions(), SamplingOptions(temperature=5.0)):
+        sampler = Sampler(options, [], torch.tensor([1, 3]), LOGITS)
+        drawn = {sampler.choose(LOGITS) for _ in range(50)}
+        assert {token for token, _ in drawn} <= {0, 2}
+        assert all(logprob == pytest.approx(math.log(0.125)) for _, logprob in drawn)
