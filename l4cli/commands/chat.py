@@ -1,0 +1,205 @@
+"""Talk to a model, with pictures.
+
+The first word is the checkpoint, the second the question. Without a checkpoint it is `$L4_MODEL`,
+else the newest `runs/*/latest` that knows the chat format. With a terminal and no question it
+opens a conversation (`/help` there); piped text joins the question, and stdout then holds the
+answer and nothing else.
+
+examples:
+  l4 chat
+  l4 chat --image photo.jpg
+  l4 chat runs/chat/latest "Compare these." --image a.png --image b.png
+  cat notes.txt | l4 chat -p "Summarise this." > summary.txt
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from l4cli import terminal
+from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
+from l4cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from l4cli.commands.conversation import Conversation
+    from l4cli.inference import SamplingOptions
+
+DEFAULT_QUESTION = "Describe the picture."
+
+
+class ChatDtype(StrEnum):
+    """Precision of the weights; `auto` is as stored."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+SYSTEM_HELP = "what the model is told before the conversation"
+PENALTY_HELP = "above 1: what was said before becomes less likely"
+
+
+def chat(
+    checkpoint: Annotated[Path | None, typer.Argument(help="checkpoint or run folder")] = None,
+    question: Annotated[str | None, typer.Argument(help="what to ask")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="the question, without a checkpoint before")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="PNG or JPEG to show; may be given several times")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help=SYSTEM_HELP)] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="continue plain text, without the chat format")
+    ] = False,
+    boxes: Annotated[
+        Path | None, typer.Option(help="write the picture here with the boxes an answer names")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest answer  [default: 512, less near the end]")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0: the likeliest  [default: the checkpoint's, else 0]"),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="choose among so many; 0: all")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="choose among the likeliest that make up this share"),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="drop what is less likely than this share of the best"),
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help=PENALTY_HELP)] = None,
+    seed: Seed = 0,
+    dtype: Annotated[ChatDtype, typer.Option(help="precision; auto: as stored")] = ChatDtype.auto,
+    device: DeviceOption = Device.auto,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    terminal.configure(json=json, quiet=quiet)
+    if question is not None and prompt is not None:
+        why = "both name the question"
+        raise UsageError(f"`{question}` and `--prompt` given", why=why, fix="give one of them")
+    if raw and system is not None:
+        why = "plain text has no system message"
+        raise UsageError("`--raw` and `--system` given", why=why, fix="leave one of them out")
+    images = image or []
+    text = _question(question if question is not None else prompt, images, raw)
+    if boxes is not None:
+        _check_boxes(boxes, images, is_conversation=text is None)
+    flags = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    from l4cli.commands.pictures import open_images
+
+    pictures = open_images(images)  # before torch: a wrong path is told at once
+    _check_sampling(flags)
+
+    from l4cli.commands import chat_model, repl
+    from l4cli.commands.boxes import show_boxes
+    from l4cli.commands.conversation import Conversation
+
+    model = chat_model.load(checkpoint, device.value, dtype.value, is_raw=raw)
+    sampling = model.sampling(flags, seed)
+    conversation = Conversation(model, sampling, system, max_new_tokens, is_raw=raw)
+    for name, picture in pictures:
+        conversation.add_picture(name, picture)
+    if text is None:
+        _describe(conversation, sampling)
+        repl.talk(conversation, boxes)
+    else:
+        answer = repl.answer_once(conversation, text)
+        if boxes is not None and conversation.last_picture is not None:
+            show_boxes(answer.text, conversation.last_picture.image, boxes)
+
+
+def _question(given: str | None, images: list[Path], is_raw: bool) -> str | None:
+    """What to ask: piped text and the given words. None: there is a terminal to ask on."""
+    if given is not None:
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            fix = "write it as UTF-8, or pipe it"
+            raise UsageError("cannot read the question", why="it is not UTF-8", fix=fix) from None
+    has_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if has_terminal and given is None:
+        return None
+    parts = [part for part in ("" if has_terminal else _piped_text(), given) if part]
+    if parts:
+        return "\n\n".join(parts)
+    if is_raw and (images or given is not None):
+        return ""  # a caption, or a text from its very beginning
+    if images and given is None:
+        return DEFAULT_QUESTION
+    if given is not None:
+        why, fix = "it is empty", '`l4 chat -p "..."`'
+        raise UsageError("no question", why=why, fix=fix)
+    why = "there is no terminal to type on, and standard input is empty"
+    fix = '`l4 chat -p "..."`, or pipe the question in'
+    raise UsageError("no question", why=why, fix=fix)
+
+
+def _piped_text() -> str:
+    if sys.stdin is None:
+        return ""
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode().rstrip("\n")
+    except UnicodeDecodeError as error:
+        why = f"byte {error.start} of standard input is not UTF-8"
+        fix = "pipe text; pictures go with `--image`"
+        raise UsageError("cannot read the question", why=why, fix=fix) from None
+
+
+def _check_boxes(path: Path, images: list[Path], *, is_conversation: bool) -> None:
+    """Refuse what could not be drawn, before anything is loaded."""
+    what = f"cannot draw boxes into `{path}`"
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        why = "its name ends in neither `.png` nor `.jpg`"
+        raise UsageError(what, why=why, fix="name it like `--boxes out.png`")
+    if not path.absolute().parent.is_dir():
+        why = f"there is no folder `{path.parent}`"
+        raise UsageError(what, why=why, fix=f"make it: `mkdir -p {path.parent}`")
+    if not is_conversation and len(images) != 1:
+        why = f"{len(images)} pictures were given, and boxes belong to one"
+        raise UsageError(what, why=why, fix="give one `--image`")
+
+
+def _check_sampling(flags: dict[str, float | int | None]) -> None:
+    """Refuse impossible values, and filters that greedy decoding would ignore."""
+    from l4cli.inference.sampler import SamplingOptions
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    SamplingOptions(**given)  # type: ignore[arg-type]
+    filters = [name for name in ("top_k", "top_p", "min_p") if name in given]
+    if given.get("temperature") == 0 and filters:
+        flag = "--" + filters[0].replace("_", "-")
+        why = "temperature 0 always takes the likeliest token"
+        fix = f"leave `{flag}` out, or raise `--temperature`"
+        raise UsageError(f"`{flag}` and `--temperature 0` given", why=why, fix=fix)
+
+
+def _describe(conversation: Conversation, sampling: SamplingOptions) -> None:
+    room = conversation.engine.max_context
+    terminal.say(f"{_sampling_text(sampling)}; {room} tokens of context; `/help` lists commands")
+
+
+def _sampling_text(sampling: SamplingOptions) -> str:
+    if sampling.temperature == 0:
+        return "greedy"
+    shown = [f"temperature {sampling.temperature:g}"]
+    shown += [f"top-k {sampling.top_k}"] if sampling.top_k else []
+    shown += [f"top-p {sampling.top_p:g}"] if sampling.top_p < 1 else []
+    shown += [f"min-p {sampling.min_p:g}"] if sampling.min_p else []
+    return ", ".join([*shown, f"seed {sampling.seed}"])

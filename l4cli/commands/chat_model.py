@@ -1,0 +1,212 @@
+"""Find a model to talk to and load it with its tokenizer, picture geometry and defaults.
+
+in: the checkpoint named, or nothing; out: `ChatModel`; raises L4Error saying what does not fit
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l4cli import terminal
+from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
+from l4cli.data.geometry import PROCESSOR_FILES, PictureGeometry
+from l4cli.errors import L4Error
+from l4cli.inference import Engine, SamplingOptions
+from l4cli.model import Llama4Config
+from l4cli.planning import available_memory
+from l4cli.text import Tokenizer, load_tokenizer
+from l4cli.training.device import torch_device
+
+ENVIRONMENT = "L4_MODEL"
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": None}
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """Everything an answer needs."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    engine: Engine
+    geometry: PictureGeometry | None  # None: the model cannot see
+    generation: Mapping[str, Any]  # the checkpoint's generation_config.json
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """What ends an answer: the chat format's own ids and those the checkpoint names."""
+        named = self.generation.get("eos_token_id", [])
+        return list(dict.fromkeys([*self.tokenizer.stop_ids, *_as_list(named)]))
+
+    def sampling(self, flags: Mapping[str, Any], seed: int) -> SamplingOptions:
+        """The checkpoint's way to choose, changed by what was asked for."""
+        names = {field.name for field in fields(SamplingOptions)}
+        values: dict[str, Any] = {"temperature": 0.0}
+        if self.generation.get("do_sample"):
+            values["temperature"] = 1.0
+            values |= {k: v for k, v in self.generation.items() if k in names and v is not None}
+        elif any(flags[name] is not None for name in ("top_k", "top_p", "min_p")):
+            values["temperature"] = 1.0  # filters are for sampling
+        elif self.generation.get("repetition_penalty") is not None:
+            values["repetition_penalty"] = self.generation["repetition_penalty"]
+        values |= {name: value for name, value in flags.items() if value is not None}
+        if values["temperature"] == 0:
+            values = {k: v for k, v in values.items() if k in ("temperature", "repetition_penalty")}
+        return SamplingOptions(**values, seed=seed)
+
+
+def load(checkpoint: Path | None, device: str, dtype: str, *, is_raw: bool) -> ChatModel:
+    """Load the model; what can be known from small files is checked before the weights."""
+    place = torch_device(device)
+    folder = find(checkpoint)
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    _require_vocabulary(folder, tokenizer, config)
+    if not is_raw:
+        _require_chat_format(folder, tokenizer)
+    geometry = _geometry(folder, tokenizer, config)
+    generation = _generation(folder, config)
+    _require_memory(folder, dtype, place)
+    model = load_model(folder, device=place, dtype=DTYPES[dtype])
+    engine = Engine(model, num_token_ids=tokenizer.vocab_size)
+    return ChatModel(folder, tokenizer, engine, geometry, generation)
+
+
+def find(checkpoint: Path | None) -> Path:
+    """The folder named, or `$L4_MODEL`, or the newest run here that can chat."""
+    if checkpoint is not None:
+        return _named(checkpoint)
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        terminal.say(f"model: `{named}` (`${ENVIRONMENT}`)")
+        return resolve_checkpoint(named)
+    runs = [run for run in Path("runs").glob("*/latest") if has_chat_template(run)]
+    if not runs:
+        raise L4Error(
+            "no model to talk to",
+            why=f"no `runs/*/latest` here has a chat template, and `${ENVIRONMENT}` is not set",
+            fix="train one with `sh examples/quickstart.sh`, or name one: `l4 chat CHECKPOINT`",
+        )
+    # The link itself: it is made anew with every checkpoint.
+    newest = max(runs, key=lambda run: (run.lstat().st_mtime_ns, str(run)))
+    terminal.say(f"model: `{newest}` (the newest here)")
+    return resolve_checkpoint(newest)
+
+
+def _named(checkpoint: Path) -> Path:
+    try:
+        return resolve_checkpoint(checkpoint)
+    except L4Error as error:
+        if checkpoint.exists() or checkpoint.is_symlink():
+            raise
+        # Someone may have typed a question where the checkpoint goes.
+        fix = f'{error.fix}; a question without a checkpoint: `l4 chat -p "..."`'
+        raise L4Error(error.what, why=error.why, fix=fix) from None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a folder says how to write a conversation."""
+    if any((folder / name).is_file() for name in TEMPLATE_FILES):
+        return True
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))
+
+
+def _require_chat_format(folder: Path, tokenizer: Tokenizer) -> None:
+    needed = {
+        "<|begin_of_text|>": tokenizer.bos_id,
+        "<|header_start|>": tokenizer.header_start_id,
+        "<|header_end|>": tokenizer.header_end_id,
+        "<|eot|>": tokenizer.eot_id,
+    }
+    missing = [f"`{name}`" for name, token_id in needed.items() if token_id is None]
+    if missing:
+        why = f"its tokenizer has no {', '.join(missing)}"
+    elif not has_chat_template(folder):
+        why = "it has no chat template, so it has not learned the chat format"
+    else:
+        return
+    fix = "continue plain text with `--raw`, or name a checkpoint trained on chats"
+    raise L4Error(f"cannot chat with `{folder}`", why=why, fix=fix)
+
+
+def _require_vocabulary(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> None:
+    if tokenizer.vocab_size > config.text.vocab_size:
+        why = f"{tokenizer.vocab_size} tokens, and the model knows {config.text.vocab_size}"
+        fix = "put the tokenizer it was trained with into the folder"
+        raise L4Error(f"the tokenizer in `{folder}` does not fit the model", why=why, fix=fix)
+
+
+def _geometry(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> PictureGeometry | None:
+    """How pictures are cut for this model."""
+    if config.vision is None:
+        return None
+    files = {
+        name: (folder / name).read_text(encoding="utf-8")
+        for name in PROCESSOR_FILES
+        if (folder / name).is_file()
+    }
+    names = ("image_size", "patch_size", "pixel_shuffle_ratio")
+    tower = {name: getattr(config.vision, name) for name in names}
+    geometry = PictureGeometry.from_processor_files(files) or PictureGeometry(**tower)
+    fix = "restore the folder's processor and tokenizer files"
+    wrong = [name for name in names if getattr(geometry, name) != tower[name]]
+    if wrong:
+        name = wrong[0]
+        why = f"`{name}` is {getattr(geometry, name)} there and {tower[name]} in `config.json`"
+        what = f"the processor config in `{folder}` does not fit the model"
+        raise L4Error(what, why=why, fix=fix)
+    if tokenizer.patch_id not in (None, config.image_token_index):
+        why = f"`<|patch|>` is {tokenizer.patch_id}, the model wants {config.image_token_index}"
+        what = f"the tokenizer in `{folder}` does not fit the model"
+        raise L4Error(what, why=why, fix=fix)
+    return None if tokenizer.patch_id is None else geometry
+
+
+def _generation(folder: Path, config: Llama4Config) -> dict[str, Any]:
+    """The checkpoint's `generation_config.json`, checked; stop ids at least from `config.json`."""
+    path = folder / "generation_config.json"
+    found: Any = {}
+    if path.is_file():
+        what, fix = f"cannot use `{path}`", "correct the file, or remove it"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise L4Error(what, why=f"it is not JSON: {error}", fix=fix) from None
+        if not isinstance(found, dict):
+            raise L4Error(what, why="it is not a JSON object", fix=fix)
+        numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+        for name in numbers:
+            value = found.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise L4Error(what, why=f"`{name}` is {value!r}, not a number", fix=fix)
+    found.setdefault("eos_token_id", config.text.eos_token_id)
+    return found
+
+
+def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
+    stored = open_weights(folder)
+    per_value = {"fp32": 4, "bf16": 2}.get(dtype)
+    needed = stored.num_parameters * per_value if per_value else stored.size_bytes
+    available = available_memory(str(device))
+    if needed > available:
+        text = terminal.bytes_text
+        why = f"its weights take {text(needed)}, and {text(available)} of memory are free"
+        fix = "use a smaller checkpoint, or `--dtype bf16`"
+        raise L4Error(f"cannot load `{folder}`", why=why, fix=fix)
+
+
+def _as_list(ids: Any) -> list[int]:
+    if ids is None:
+        return []
+    return [int(i) for i in ids] if isinstance(ids, list) else [int(ids)]

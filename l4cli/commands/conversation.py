@@ -1,0 +1,290 @@
+"""A conversation: text and pictures to ids, turn after turn, and answers back to text.
+
+in: questions and pictures; out: pieces of an answer as they come, `Answer` at the end
+The history is ids, never text encoded again: what the model wrote is what it later reads.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+
+from l4cli.commands.chat_model import ChatModel
+from l4cli.data.media import grid_of, tiles_of
+from l4cli.errors import L4Error
+from l4cli.inference import PREFILL_CHUNK, Cache, Request, SamplingOptions
+from l4cli.text import Tokenizer, image_block, num_tiles, render_chat
+
+DEFAULT_NEW_TOKENS = 512
+_CONTEXT_IDS = 4  # tokens before a new one that may change how its text is spelled
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture the model is about to see."""
+
+    name: str
+    image: Image.Image
+    grid: tuple[int, int]
+    num_tokens: int
+
+    def describe(self) -> str:
+        """One line: what it is, how it is cut, what it costs."""
+        width, height = self.image.size
+        rows, cols = self.grid
+        tiles = num_tiles(rows, cols)
+        cut = "1 tile" if tiles == 1 else f"{tiles} tiles ({rows} x {cols} and an overview)"
+        return f"picture `{self.name}`: {width} x {height}, {cut}, {self.num_tokens} tokens"
+
+
+@dataclass
+class Answer:
+    """What came of one question."""
+
+    text: str = ""
+    num_prompt_tokens: int = 0
+    num_answer_tokens: int = 0
+    finish: str = "stopped"  # or "stop", "length", "context"
+    prefill_time_s: float = 0.0
+    decode_time_s: float = 0.0
+
+    @property
+    def prefill_tok_per_sec(self) -> float:
+        """Tokens of the question, template and pictures included, read in a second."""
+        return self.num_prompt_tokens / max(self.prefill_time_s, 1e-9)
+
+    @property
+    def decode_tok_per_sec(self) -> float:
+        """Tokens written in a second, counted after the first, which prefill has paid for."""
+        return max(self.num_answer_tokens - 1, 0) / max(self.decode_time_s, 1e-9)
+
+
+class Stopped(Exception):
+    """The person at the keyboard has read enough."""
+
+
+class Conversation:
+    """What was said so far, and how to go on."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        sampling: SamplingOptions,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        is_raw: bool = False,
+    ) -> None:
+        self.model, self.engine, self.tokenizer = model, model.engine, model.tokenizer
+        self.sampling, self.system, self.is_raw = sampling, system, is_raw
+        self.max_new_tokens = max_new_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.cache: Cache | None = None
+        self.unread: list[int] = []  # said, but not yet read by the model
+        self.unseen: torch.Tensor | None = None  # tiles of the pictures in `unread`
+        self.waiting: list[Picture] = []  # shown with the next question
+        self.last_picture: Picture | None = None
+        self.num_turns = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the history."""
+        return len(self.unread) + (0 if self.cache is None else self.cache.num_tokens)
+
+    def add_picture(self, name: str, image: Image.Image, *, must_fit: bool = False) -> Picture:
+        """Show a picture with the next question, which in the end decides what fits.
+
+        raises: L4Error when the model cannot see, or, if it must, when it does not fit already
+        """
+        geometry = self.model.geometry
+        if geometry is None:
+            why = f"`{self.model.folder}` has no picture encoder"
+            if self.engine.config.vision is not None:
+                why = f"the tokenizer of `{self.model.folder}` has no tokens for pictures"
+            fix = "name a checkpoint with vision, or leave the picture out"
+            raise L4Error(f"cannot show picture `{name}`", why=why, fix=fix)
+        grid = grid_of(*image.size, geometry)
+        num_tokens = len(image_block(self.tokenizer, *grid, geometry.tokens_per_tile))
+        picture = Picture(name, image, grid, num_tokens)
+        if must_fit:
+            before = self.num_tokens + sum(waiting.num_tokens for waiting in self.waiting)
+            self.engine.check_context(before + num_tokens)
+        self.waiting.append(picture)
+        self.last_picture = picture
+        return picture
+
+    def ask(
+        self,
+        question: str,
+        answer: Answer,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[str]:
+        """Give the answer piece by piece, whole characters only; `answer` is filled on the way.
+
+        When `should_stop` says so the answer ends where it is, and stays in the history.
+        raises: L4Error when it does not fit the context; then the question was never asked
+        """
+        turn = self._turn_ids(question)
+        num_new_tokens = self._room(self.num_tokens + len(turn))
+        self._begin_turn(turn)
+        answer.num_prompt_tokens = len(self.unread)
+        start = time.perf_counter()
+        try:
+            self._read(should_stop, on_progress)
+        except Stopped:
+            self._end_turn([])
+            return
+        finally:
+            answer.prefill_time_s = time.perf_counter() - start
+        sampling = replace(self.sampling, seed=self.sampling.seed + self.num_turns)
+        self.num_turns += 1
+        request = Request(
+            [],
+            max_new_tokens=num_new_tokens,
+            stop_ids=self.model.stop_ids,
+            sampling=sampling,
+            cache=self.cache,
+        )
+        yield from self._answer(request, answer, should_stop)
+
+    def _answer(
+        self, request: Request, answer: Answer, should_stop: Callable[[], bool]
+    ) -> Iterator[str]:
+        """Generate; whatever ends it, the history ends with what was said."""
+        stream = TextStream(self.tokenizer)
+        unread: list[int] = []  # the newest token: generated, not read back yet
+        start = time.perf_counter()
+        try:
+            for event in self.engine.generate([request]):
+                answer.decode_time_s = time.perf_counter() - start
+                unread = [] if event.finish == "stop" else [event.token]
+                if event.finish == "stop":
+                    answer.finish = "stop"
+                    break
+                answer.num_answer_tokens += 1
+                piece = stream.add(event.token)
+                answer.text += piece
+                if piece:
+                    yield piece
+                if event.finish is not None:
+                    answer.finish = event.finish
+                if should_stop():
+                    break
+            rest = stream.finish()
+            answer.text += rest
+            if rest:
+                yield rest
+        finally:
+            self._end_turn(unread)
+
+    def _turn_ids(self, question: str) -> list[int]:
+        """Ids of one more question with the waiting pictures before it."""
+        per_tile = self.model.geometry.tokens_per_tile if self.model.geometry else 0
+        is_first = self.num_tokens == 0
+        if self.is_raw:
+            bos = self.tokenizer.bos_id
+            ids = [bos] if is_first and bos is not None else []
+            for picture in self.waiting:
+                ids += image_block(self.tokenizer, *picture.grid, per_tile).tolist()
+            ids += self.tokenizer.encode(question).tolist()
+            if is_first and not ids:
+                why, fix = "the prompt is empty and the tokenizer has no BOS", "give some text"
+                raise L4Error("there is nothing to continue", why=why, fix=fix)
+            return ids
+        content = [{"type": "image"} for _ in self.waiting] + [{"type": "text", "text": question}]
+        messages: list[dict[str, object]] = [{"role": "user", "content": content}]
+        if is_first and self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        tokens = render_chat(
+            self.tokenizer,
+            messages,
+            add_generation_prompt=True,
+            image_grids=[picture.grid for picture in self.waiting],
+            tokens_per_tile=per_tile,
+        )
+        ids = tokens.ids.tolist()
+        return ids if is_first else ids[1:]  # a conversation begins once
+
+    def _room(self, num_tokens: int) -> int:
+        """How long the answer may be. raises: L4Error with the numbers when it does not fit"""
+        if self.max_new_tokens is not None:
+            self.engine.check_context(num_tokens + self.max_new_tokens)
+            return self.max_new_tokens
+        self.engine.check_context(num_tokens + 1)
+        return min(DEFAULT_NEW_TOKENS, self.engine.max_context - num_tokens)
+
+    def _begin_turn(self, turn: list[int]) -> None:
+        geometry = self.model.geometry
+        if self.waiting and geometry is not None:
+            tiles = [torch.from_numpy(tiles_of(p.image, geometry)) for p in self.waiting]
+            self.unseen = torch.cat([*([] if self.unseen is None else [self.unseen]), *tiles])
+        self.unread += turn
+        self.waiting = []
+
+    def _read(
+        self,
+        should_stop: Callable[[], bool],
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Prefill what is unread; stopped half way, the rest stays unread."""
+        before = 0 if self.cache is None else self.cache.num_tokens
+        total = len(self.unread)
+
+        def after_piece(num_read: int) -> None:
+            if on_progress is not None:
+                on_progress(num_read, total)
+            if should_stop() and num_read < total:
+                raise Stopped
+
+        self.cache = self.cache or Cache(self.engine.config.text)
+        try:
+            self.engine.prefill(
+                self.unread,
+                self.unseen,
+                cache=self.cache,
+                chunk_size=PREFILL_CHUNK,
+                on_progress=after_piece,
+            )
+        finally:
+            num_read = self.cache.num_tokens - before
+            placeholder = self.engine.config.image_token_index
+            self.unread = self.unread[num_read:]
+            per_tile = self.model.geometry.tokens_per_tile if self.model.geometry else 1
+            num_unseen = self.unread.count(placeholder) // per_tile
+            if self.unseen is not None:
+                self.unseen = self.unseen[len(self.unseen) - num_unseen :] if num_unseen else None
+
+    def _end_turn(self, newest: list[int]) -> None:
+        """Close the answer in the history as the chat format does."""
+        self.unread += newest
+        if not self.is_raw and self.tokenizer.eot_id is not None:
+            self.unread.append(self.tokenizer.eot_id)
+
+
+class TextStream:
+    """Tokens to text as they come; a character is given out when all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.recent: list[int] = []
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, often a word, sometimes nothing."""
+        before = self.tokenizer.decode_bytes(self.recent)
+        after = self.tokenizer.decode_bytes([*self.recent, token])
+        self.recent = [*self.recent, token][-_CONTEXT_IDS:]
+        return self.decoder.decode(after[len(before) :])
+
+    def finish(self) -> str:
+        """What is left of a character that never became whole."""
+        return self.decoder.decode(b"", final=True)
