@@ -26,8 +26,9 @@ class Interrupts:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Note the first signal instead of dying of it."""
-        signals = (signal.SIGINT, signal.SIGTERM)
+        """Note the first signal instead of dying of it; one that is ignored stays ignored."""
+        both = (signal.SIGINT, signal.SIGTERM)
+        signals = [number for number in both if signal.getsignal(number) != signal.SIG_IGN]
         previous = [signal.signal(number, self._note) for number in signals]
         try:
             yield
