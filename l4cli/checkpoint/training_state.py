@@ -19,10 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
 from l4cli.checkpoint.atomic import write_text
 from l4cli.checkpoint.manifest import verify_manifest
@@ -42,7 +39,9 @@ def save_training_state(folder: Path, state: Mapping[str, Any]) -> None:
     plain = _split(dict(state), "", tensors)
     (folder / STATE).parent.mkdir(parents=True, exist_ok=True)
     if tensors:
-        writer = HuggingFaceStorageWriter(
+        import torch.distributed.checkpoint as dcp  # a second to import, and only training needs it
+
+        writer = dcp.HuggingFaceStorageWriter(
             path=str(folder / TENSORS),
             fqn_to_index_mapping=_file_numbers(tensors),
             save_distributed=_is_distributed(),
@@ -107,6 +106,8 @@ def _damaged(folder: Path, why: str) -> L4Error:
 @contextmanager
 def _torch_manners() -> Iterator[None]:
     """Silence "no process group" and let out what torch wraps, Ctrl-C included."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -143,8 +144,10 @@ def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _load_tensors(folder: Path, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    import torch.distributed.checkpoint as dcp
+
     try:
-        stored = HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
+        stored = dcp.HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
         # Only tensors are ever written, each with its dtype and whole shape.
         tensors = {
             name: into[name]
@@ -152,7 +155,7 @@ def _load_tensors(folder: Path, into: Mapping[str, Tensor]) -> dict[str, Tensor]
             else torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
             for name, entry in stored.items()
         }
-        reader = HuggingFaceStorageReader(path=str(folder))
+        reader = dcp.HuggingFaceStorageReader(path=str(folder))
         with _torch_manners():
             dcp.load(dict(tensors), storage_reader=reader, no_dist=not _is_distributed())
     except Exception as error:

@@ -1,6 +1,8 @@
 """The parts both halves share: linear maps and norms that compute in their input's dtype.
 
 in: activations; out: the same dtype, whatever the dtype of the weights (fp32 masters)
+They come without values, `reset_parameters` does nothing: `init_weights` or a checkpoint gives
+them. (torch's own initialisers, run on the meta device, import its whole compiler: a second.)
 """
 
 from __future__ import annotations
@@ -16,13 +18,26 @@ from l4cli.ops.swiglu import swiglu
 class Linear(nn.Linear):
     """A linear map whose weight is cast to the input's dtype at use: masters stay as they are."""
 
+    def reset_parameters(self) -> None:
+        pass
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class Embedding(nn.Embedding):
+    """A table of rows."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm with cast weights, for the vision tower."""
+
+    def reset_parameters(self) -> None:
+        pass
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l4cli.model.config import TextConfig
-from l4cli.model.layers import MLP, Linear, RMSNorm
+from l4cli.model.layers import MLP, Embedding, Linear, RMSNorm
 from l4cli.ops.attention import AttentionPlans, segment_attention
 from l4cli.ops.batch import Batch
 from l4cli.ops.moe import Routing, route, routed_experts
@@ -154,7 +154,7 @@ class TextModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # [V, D]
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)  # [V, D]
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
