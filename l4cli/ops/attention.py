@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.ops.batch import Segments
-from l4cli.ops.blocked_attention import BlockedCausal
+from l4cli.ops.blocked_attention import BlockedAttention
 from l4cli.ops.choice import is_reference_forced
 
 # Up to here our blocked bf16 products beat torch's fused CPU kernel; in fp32 they do not.
@@ -115,11 +115,10 @@ def segment_attention(
 
 def _attend_bucket(q_MNH: Tensor, k_MKH: Tensor, v_MKH: Tensor, length: int) -> Tensor:
     q, k, v = (x.unflatten(0, (-1, length)) for x in (q_MNH, k_MKH, v_MKH))  # [S, L, heads, H]
-    is_blocked = q.dtype == torch.bfloat16 and not q.is_cuda and length <= BLOCKED_MAX_LENGTH
     if is_reference_forced():
         attend = _plain_causal
     else:
-        attend = _blocked_causal if is_blocked else _fused_causal
+        attend = _blocked_causal if _is_blocked(q, length) else _fused_causal
     return attend(q, k, v).flatten(0, 1)
 
 
@@ -142,6 +141,10 @@ def _fused_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _blocked(q, k, v, is_causal=True)
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     """Our blocked products, each key head's queries as rows of one matrix. shapes as above"""
     segments, length, num_heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -149,9 +152,13 @@ def _blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q_SLKGH = (q * head_dim**-0.5).unflatten(2, (kv_heads, num_heads // kv_heads))
     q_ZRH = q_SLKGH.transpose(1, 2).reshape(rows)
     k_ZLH, v_ZLH = (x.transpose(1, 2).reshape(rows) for x in (k, v))
-    out = BlockedCausal.apply(q_ZRH, k_ZLH, v_ZLH)
+    out = BlockedAttention.apply(q_ZRH, k_ZLH, v_ZLH, is_causal)
     out = out.view(segments, kv_heads, length, -1, head_dim).transpose(1, 2)
     return out.reshape(q.shape)
+
+
+def _is_blocked(q: Tensor, length: int) -> bool:
+    return q.dtype == torch.bfloat16 and not q.is_cuda and length <= BLOCKED_MAX_LENGTH
 
 
 def reference_segment_attention(
@@ -173,5 +180,7 @@ def reference_segment_attention(
 
 def full_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     """Every position sees every other: patches of a tile. shapes: [B, T, N, H] -> same"""
+    if _is_blocked(q_BTNH, q_BTNH.shape[1]) and not is_reference_forced():
+        return _blocked(q_BTNH, k_BTNH, v_BTNH, is_causal=False)
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

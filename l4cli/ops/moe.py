@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l4cli.ops.autograd import apply
 from l4cli.ops.choice import is_reference_forced
 
 
@@ -147,7 +148,23 @@ def routed_experts(
     """
     if is_reference_forced():
         return reference_routed_experts(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
-    return _RoutedExperts.apply(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
+    if len(x_MD) == 1 and not torch.is_grad_enabled():
+        return _one_token(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
+    return apply(_RoutedExperts, x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
+
+
+def _one_token(
+    x_1D: Tensor, gate_1A: Tensor, expert_1A: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor
+) -> Tensor:
+    """Decoding: one token has nothing to sort."""
+    y_1D = None
+    for a, expert in enumerate(expert_1A[0].tolist()):
+        scaled_1D = x_1D * gate_1A[:, a : a + 1].to(x_1D.dtype)
+        h_1F = scaled_1D @ w_in_EDF[expert].to(x_1D.dtype)
+        part_1D = _swiglu(h_1F) @ w_out_EFD[expert].to(x_1D.dtype)
+        y_1D = part_1D if y_1D is None else y_1D + part_1D
+    assert y_1D is not None
+    return y_1D
 
 
 def reference_routed_experts(

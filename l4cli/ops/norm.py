@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l4cli.ops.autograd import apply
 from l4cli.ops.choice import is_reference_forced
 
 
@@ -51,7 +52,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Divide each row by its root mean square, then scale by the weight."""
     if is_reference_forced() or (x.is_cuda and x.dtype != torch.float32):
         return reference_rms_norm(x, weight_D, eps)
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
+    return apply(_RMSNorm, x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
 
 
 def reference_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

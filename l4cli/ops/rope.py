@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l4cli.ops.autograd import apply
 from l4cli.ops.choice import is_reference_forced
 from l4cli.ops.norm import unit_rms
 
@@ -89,7 +90,7 @@ def rotate_unit(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
     """`unit_rms(rotate(x))`: what queries and keys of a RoPE layer with QK norm go through."""
     if is_reference_forced():
         return unit_rms(rotate(x_BTNH, turn_BTH), eps)
-    return _RotateUnit.apply(x_BTNH, turn_BTH, eps)
+    return apply(_RotateUnit, x_BTNH, turn_BTH, eps)
 
 
 def vision_rotation(grid: int, head_dim: int, theta: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l4cli.ops.autograd import apply
 from l4cli.ops.choice import is_reference_forced
 
 
@@ -32,4 +33,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """The gated activation of every Llama feed-forward."""
     if is_reference_forced():
         return F.silu(gate) * up
-    return _SwiGLU.apply(gate, up)
+    return apply(_SwiGLU, gate, up)

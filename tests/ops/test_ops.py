@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.ops.attention import (
+    full_attention,
     plan_attention,
     reference_segment_attention,
     segment_attention,
@@ -142,6 +143,16 @@ def test_blocked_attention_past_its_block(length: int) -> None:
         lambda q, k, v: reference_segment_attention(q, k, v, starts, lengths),
         inputs,
     )
+
+
+@pytest.mark.parametrize("length", [17, 128, 300])
+def test_full_attention(length: int) -> None:
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        probs = (torch.einsum("btnh,bsnh->bnts", q, k) * 8**-0.5).softmax(-1)
+        return torch.einsum("bnts,bsnh->btnh", probs, v)
+
+    inputs = [normal(2, length, 3, 8, seed=seed) for seed in range(3)]
+    assert_like_reference(full_attention, plain, inputs)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, None])
