@@ -22,6 +22,7 @@ import typer
 
 from l4cli import terminal
 from l4cli.commands import training_options as train
+from l4cli.commands import training_report as report
 from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
 from l4cli.errors import UsageError
 
@@ -113,7 +114,9 @@ def pretrain(
     request.check()
     prepared = prepare(request)
     if dry_run:
-        show_dry_run(prepared)
+        report.show_dry_run(
+            prepared.plan, prepared.source, prepared.schedule, dtype.value, prepared.device
+        )
     else:
         run(request, prepared)
 
@@ -267,34 +270,6 @@ def _plan(
     return plan
 
 
-def show_dry_run(prepared: Prepared) -> None:
-    """Print what the run would take; nothing was allocated and nothing is written."""
-    from l4cli.planning import TYPICAL_MFU, gemm_rate
-
-    plan, num_steps = prepared.plan, prepared.schedule.num_steps
-    num_tokens = num_steps * plan.tokens_per_step
-    num_tiles = num_tokens * prepared.source.num_media / max(1, prepared.source.num_tokens)
-    time_s = plan.time_s(num_tokens, num_tiles, gemm_rate("fp32", str(prepared.device)))
-    figures: dict[str, float] = {
-        "num_parameters": plan.counts.total,
-        "num_active_parameters": plan.counts.active,
-        "num_vision_parameters": plan.counts.vision,
-        "flops_per_token": plan.flops_per_token,
-        "flops_per_tile": plan.flops_per_tile,
-        "tokens_per_step": plan.tokens_per_step,
-        "num_steps": num_steps,
-        "num_tokens": num_tokens,
-    }
-    sizes = {**plan.bytes_by_class, "total": plan.total_bytes, "available": plan.available_bytes}
-    in_bytes = {f"bytes_{name}": size for name, size in sizes.items()}
-    terminal.emit({"event": "plan", **figures, **in_bytes, "fits": plan.fits, "time_s": time_s})
-    rows = [(name, terminal.count_text(value)) for name, value in figures.items()]
-    rows += [(name, terminal.bytes_text(size)) for name, size in in_bytes.items()]
-    rows += [("fits", "yes" if plan.fits else "no")]
-    rows += [("time", f"{terminal.time_text(time_s)} at {TYPICAL_MFU:.0%} of the GEMM rate here")]
-    terminal.table("", ("what", "figure"), rows)
-
-
 def run(request: Request, prepared: Prepared) -> None:
     """Train, from the beginning or from where the folder's run stands."""
     from l4cli.checkpoint import load_weights
@@ -325,7 +300,11 @@ def run(request: Request, prepared: Prepared) -> None:
         if request.init_from is not None:
             load_weights(loop.trainees[0].model, request.init_from)
 
-    _describe(request, prepared)
+    report.describe(request.model_name, prepared.plan, prepared.source, prepared.schedule)
+    terminal.say(
+        f"{request.optim.value}, {request.dtype.value}, {prepared.device.type}; "
+        f"run folder `{request.folder}`"
+    )
     try:
         training.train(lambda folder: _build_loop(request, prepared, folder), start)
     finally:
@@ -359,31 +338,6 @@ def _identity(request: Request, prepared: Prepared) -> dict[str, Any]:
         "init_from": str(request.init_from) if request.init_from else None,
         **model_setup.identity(prepared.config),
     }
-
-
-def _describe(request: Request, prepared: Prepared) -> None:
-    """Say once what the defaults came to."""
-    plan, source, schedule = prepared.plan, prepared.source, prepared.schedule
-    count, num_steps = terminal.count_text, schedule.num_steps
-    terminal.say(
-        f"`{request.model_name}`: {count(plan.counts.total)} parameters, "
-        f"{count(plan.counts.active)} active, {count(plan.flops_per_token)} FLOP per token"
-    )
-    pictures = f", {source.num_media} pictures" if source.num_media else ""
-    terminal.say(
-        f"data: {source.num_rows} rows of {source.seq_len}, "
-        f"{count(source.num_tokens)} tokens{pictures}"
-    )
-    epochs = num_steps * source.batch_size / source.num_rows
-    terminal.say(
-        f"{num_steps} steps of {source.batch_size} x {source.seq_len} tokens "
-        f"({epochs:.2f} epochs), {source.micro_batch_size} sequences at once"
-    )
-    terminal.say(
-        f"{request.optim.value}, lr {schedule.peak_lr:.2e} {schedule.kind}, "
-        f"warmup {schedule.num_warmup}, decay from step {schedule.first_decay_step}, "
-        f"{request.dtype.value}, {prepared.device.type}; run folder `{request.folder}`"
-    )
 
 
 def _build_loop(request: Request, prepared: Prepared, folder: RunFolder) -> Loop:

@@ -27,7 +27,7 @@ def make_repeatable(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         # On a CPU all we use is repeatable as it is, and the call costs 0.6 s of imports.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
         # The check would fill every new buffer with NaN; ours are written before they are read.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # torch counts the machine's cores; a container or `taskset` may leave fewer.

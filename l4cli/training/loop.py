@@ -142,8 +142,6 @@ class Loop:
     def _is_due(self, every: int) -> bool:
         return self.step == self.options.num_steps or (every > 0 and self.step % every == 0)
 
-    # -- one step
-
     def _train_step(self) -> None:
         batches = [batch.to(self.device) for batch in self.source.next()]
         weights: dict[str, float] = {}
@@ -220,8 +218,6 @@ class Loop:
             fix="start a new run with a lower `--lr`, a longer `--warmup` or a lower `--clip-grad`",
         )
 
-    # -- what people and files see
-
     def _report(self, bar: terminal.Progress) -> None:
         if not self._is_due(self.options.log_every):
             return
@@ -269,8 +265,6 @@ class Loop:
         self._last_figures = f"  loss {figures['loss']}  tok_per_sec {figures['tok_per_sec']}"
         figures["eta"] = terminal.time_text(per_step_s * (total - done))
         bar.update(done, **figures)
-
-    # -- between steps
 
     def _evaluate(self) -> None:
         """Run the evaluations of this step; cut short by a signal, they are owed."""

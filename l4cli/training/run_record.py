@@ -37,7 +37,9 @@ def code_version() -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What bit-identity depends on beside the options."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    where = f"cpu with {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
     return {
         "device": where,
         "num_threads": torch.get_num_threads(),

@@ -141,9 +141,29 @@ def test_the_same_command_says_finished_and_more_steps_continue(
     assert "finished" in captured.err
     assert captured.out.strip() == str(out / "step-000003")
     assert _weights(out) == before
-    assert _train(data, out, "--steps", "5", "--schedule", "wsd") == 0
-    assert "continuing from" in capsys.readouterr().err
-    assert (out / "latest").resolve().name == "step-000005"
+    assert _train(data, out, "--steps", "8", "--decay-frac", "0.2") == 0
+    captured = capsys.readouterr()
+    assert "continuing from" in captured.err
+    assert "goes back up" in captured.err  # the shorter run had begun its decay
+    assert (out / "latest").resolve().name == "step-000008"
+
+
+def test_another_thread_count_continues_with_a_warning(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core only")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert _train(data, tmp_path / "run", "--steps", "2") == 0
+        torch.set_num_threads(2)
+        assert _train(data, tmp_path / "run", "--steps", "3") == 0
+    finally:
+        torch.set_num_threads(before)
+    assert "warning: `num_threads` was 1 and is now 2" in capsys.readouterr().err
 
 
 def test_other_options_are_refused_by_name(
@@ -254,6 +274,7 @@ def test_pictures_and_text_together(data: Path, tmp_path: Path) -> None:
     assert all(event["loss"] < 8 for event in _metrics(out))
     for half in ("text", "vision"):
         more = [*length, "--freeze", half, "--init-from", str(out / "latest")]
+        more += ["--dtype", "bf16", "--activation-checkpointing", "--optim", "adamw"]
         assert main(["pretrain", *shards, *more, "-o", str(tmp_path / half)]) == 0
 
 
