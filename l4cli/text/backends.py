@@ -5,6 +5,7 @@ in: text without lone surrogates; out: uint32 ids; the same ids from each for on
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from l4cli.text.ranks import RankedVocabulary
 # Two noncharacters: tiktoken searches the text for its special tokens, so it gets one that is
 # found nowhere (with none it stops at every character: half the speed). It is never allowed.
 _ABSENT = "\U0010fffe\U0010ffff"
+
+_MIN_TIKTOKEN = (0, 13)
 
 
 class Backend(Protocol):
@@ -108,15 +111,22 @@ def choose_backend(vocabulary: RankedVocabulary, forced: str | None) -> tuple[Ba
     """Pick the fastest engine that can take the vocabulary, and say why it was picked."""
     if vocabulary.has_only_bytes and forced in (None, "bytes"):
         return BytesBackend(vocabulary), "every token is one byte"
-    has_tiktoken = importlib.util.find_spec("tiktoken") is not None
-    if forced == "tiktoken" or (forced is None and has_tiktoken):
-        if not has_tiktoken:
-            raise L4Error(
-                "cannot encode with `tiktoken`",
-                why="it is not installed",
-                fix="install it with `pip install 'l4[fast]'`, or use `tokenizers`",
-            )
+    problem = _tiktoken_problem()
+    if forced == "tiktoken" and problem is not None:
+        fix = "install it with `pip install -U 'l4[fast]'`, or use `tokenizers`"
+        raise L4Error("cannot encode with `tiktoken`", why=problem, fix=fix)
+    if forced in (None, "tiktoken") and problem is None:
         return TiktokenBackend(vocabulary), "the vocabulary is defined by ranks"
     assert forced in (None, "tokenizers"), forced
-    why = "asked for" if forced else "`tiktoken` is not installed (`pip install 'l4[fast]'`)"
+    why = f"{problem} (`pip install -U 'l4[fast]'`)" if forced is None else "asked for"
     return TokenizersBackend(library_tokenizer(vocabulary)), why
+
+
+def _tiktoken_problem() -> str | None:
+    """Say why tiktoken cannot be used, if it cannot."""
+    if importlib.util.find_spec("tiktoken") is None:
+        return "`tiktoken` is not installed"
+    version = importlib.metadata.version("tiktoken")
+    if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TIKTOKEN:
+        return f"`tiktoken` {version} takes the square of a long word's length; 0.13 does not"
+    return None

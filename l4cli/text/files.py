@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from l4cli.text.chat_template import CHAT_TEMPLATE
-from l4cli.text.ranks import RankedVocabulary, check_tokens, unspell
+from l4cli.text.ranks import MAX_VOCAB_SIZE, RankedVocabulary, check_tokens, unspell
 from l4cli.text.special_tokens import NUM_PUBLISHED_RANKS, SPECIAL_TOKENS
 from l4cli.text.splitting import KNOWN_PATTERNS
 
@@ -145,8 +145,9 @@ def ranked_vocabulary(data: Mapping[str, Any]) -> RankedVocabulary:
         raise NotRanked("it normalises the text")
     special_tokens = _special_tokens(data)
     tokens = _ordinary_tokens(model.get("vocab"), special_tokens)
-    if any(i < len(tokens) for i in special_tokens.values()):
-        raise NotRanked("its special tokens stand among the ordinary ones")
+    ids = special_tokens.values()
+    if len(set(ids)) != len(ids) or any(not len(tokens) <= i < MAX_VOCAB_SIZE for i in ids):
+        raise NotRanked("its special tokens do not follow the ordinary ones")
     vocabulary = RankedVocabulary(tokens, _completed(len(tokens), special_tokens), pattern)
     _check_merges(vocabulary, model.get("merges"))
     return vocabulary

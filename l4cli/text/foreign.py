@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from l4cli.text.ranks import unspell
+from l4cli.text.ranks import MAX_VOCAB_SIZE, unspell
 
 # These shape batches and offsets, not the ids of ordinary text.
 _NOT_IDENTITY = ("version", "truncation", "padding", "post_processor")
@@ -35,7 +35,7 @@ class ForeignVocabulary:
 def foreign_vocabulary(data: Mapping[str, Any], text: str) -> ForeignVocabulary:
     """Open a `tokenizer.json` of any kind.
 
-    raises: whatever the library raises for a damaged file
+    raises: whatever the library raises for a damaged file; ValueError
     """
     from tokenizers import Tokenizer
 
@@ -49,7 +49,10 @@ def foreign_vocabulary(data: Mapping[str, Any], text: str) -> ForeignVocabulary:
     vocab = library.get_vocab(with_added_tokens=True)
     is_byte_level = _has_byte_level(data.get("decoder"))
     literal = {token.content for token in added.values()}
-    tokens = [b""] * (max(vocab.values(), default=-1) + 1)
+    last = max(vocab.values(), default=-1)
+    if last >= MAX_VOCAB_SIZE:
+        raise ValueError(f"its ids go up to {last}")
+    tokens = [b""] * (last + 1)
     for word, i in vocab.items():
         if word not in special:
             tokens[i] = _bytes_of(word, is_byte_level and word not in literal)

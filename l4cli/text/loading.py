@@ -123,7 +123,7 @@ def _foreign_tokenizer(
     try:
         foreign = foreign_vocabulary(data, files[hf_files.TOKENIZER_FILE])
     except Exception as error:
-        raise _unreadable(source, f"`tokenizers` cannot open it: {error}"[:300]) from error
+        raise _unreadable(source, f"`tokenizers` cannot take it: {error}"[:300]) from error
     return Tokenizer(
         Definition(
             name=name,

@@ -18,6 +18,8 @@ import numpy as np
 
 from l4cli.text.merges import derive_merges
 
+MAX_VOCAB_SIZE = 1 << 24  # a damaged id must not make a table of gigabytes
+
 
 @dataclass(frozen=True)
 class RankedVocabulary:

@@ -7,6 +7,11 @@ source: tokenizers' `BpeTrainer`; Llama 4's split pattern
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any
 
 from l4cli.text.ranks import RankedVocabulary, unspell
 from l4cli.text.special_tokens import NAMED_SPECIAL_TOKENS, SPECIAL_TOKENS, special_ids
@@ -14,7 +19,8 @@ from l4cli.text.splitting import LLAMA4_PATTERN, blocks, cut_long_runs
 
 NUM_BYTES = 256
 MIN_FREQUENCY = 2  # a pair seen once says nothing about other text
-_CHUNK_CHARS = 1 << 12  # the trainer holds 256 texts at a time
+_CHUNK_CHARS = 1 << 12
+_BATCH_CHUNKS = 256  # as many as the trainer takes at a time
 _MAX_RUN_CHARS = 1 << 13  # merging within one piece takes the square of its length
 
 
@@ -42,7 +48,7 @@ def train_vocabulary(
         special_tokens=[],
         show_progress=False,
     )
-    library.train_from_iterator(_chunks(texts), trainer)
+    _train(library, trainer, _batches(texts))
     vocab = library.get_vocab()
     learned = unspell(sorted(vocab, key=vocab.__getitem__))
     # The trainer numbers bytes by their printable stand-ins, and merged tokens as it finds them.
@@ -52,7 +58,58 @@ def train_vocabulary(
     return RankedVocabulary(tuple(tokens), special, LLAMA4_PATTERN)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[str]:
+def _train(library: Any, trainer: Any, batches: Iterable[list[str]]) -> None:
+    """Read in this thread and train in another.
+
+    The library pulls its texts from threads of its own while the caller waits inside it; were
+    that the main thread, Ctrl-C and SIGTERM would wait for the end of the input.
+    """
+    feed: Queue[list[str] | None] = Queue(maxsize=4)
+    stopped = Event()
+    failures: list[BaseException] = []
+
+    def texts() -> Iterator[str]:
+        while (batch := feed.get()) is not None:
+            yield from batch
+        if stopped.is_set():
+            raise InterruptedError
+
+    def work() -> None:
+        try:
+            library.train_from_iterator(texts(), trainer)
+        except BaseException as error:  # a panic of the library is not an `Exception`
+            failures.append(error)
+
+    # A daemon: merging cannot be stopped, and must not keep the process.
+    worker = Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        for batch in chain(batches, [None]):
+            while worker.is_alive():
+                try:
+                    feed.put(batch, timeout=1.0)
+                    break
+                except Full:
+                    continue
+        worker.join()
+    except BaseException:
+        stopped.set()
+        while not feed.empty():  # the worker may take one too; either empties it
+            with suppress(Empty):
+                feed.get_nowait()
+        feed.put(None)
+        raise
+    if failures:
+        raise RuntimeError("`tokenizers` failed to train") from failures[0]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group pieces of bounded size."""
+    batch: list[str] = []
     for text in texts:
         for block in blocks([text], block_chars=_CHUNK_CHARS):
-            yield from cut_long_runs(block, _MAX_RUN_CHARS)
+            batch += cut_long_runs(block, _MAX_RUN_CHARS)
+            if len(batch) >= _BATCH_CHUNKS:
+                yield batch
+                batch = []
+    yield batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -200,6 +201,21 @@ def test_a_place_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "locked").mkdir(mode=0o500)
     out = tmp_path / "locked" / "t"
     refuses(capsys, 1, [tmp_path / "a.txt", "-o", out], "permission denied")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_it_at_once_and_leaves_nothing(tmp_path, number, code):
+    words = [sys.executable, "-m", "l4cli", "train-tokenizer", "-q", "-o", str(tmp_path / "t")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        # A pipe holds far less than this, so it is reading; then it waits for more.
+        process.stdin.write(b"some words of a text without an end\n" * 30_000)
+        process.stdin.flush()
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+        process.stdin.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_long_text_is_learned_from_in_bounded_pieces():

@@ -234,7 +234,7 @@ def test_damaged_tokenizer_json(tmp_path):
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize("junk", [None, 5, -1, "x", [], [1], {}, {"a": 1}, True])
+@pytest.mark.parametrize("junk", [None, 5, -1, 1 << 31, "x", [], [1], {}, {"a": 1}, True])
 def test_junk_anywhere_is_loaded_or_refused_in_words(junk):
     places = [(key,) for key in json.loads(ranked_files()["tokenizer.json"])]
     places += [("model", key) for key in ("type", "vocab", "merges", "ignore_merges", "dropout")]
