@@ -80,15 +80,19 @@ class TokenizersBackend:
             text.encode()  # says UnicodeEncodeError where the library says only TypeError
             raise
         except BaseException as error:
-            # The library's panics are not `Exception`s.
-            if type(error).__name__ != "PanicException":
+            if not is_library_failure(error):
                 raise
             raise L4Error(
                 "cannot encode the text",
                 why=f"`tokenizers` gave up on {len(text)} characters: {error}"[:200],
-                fix="split the text into shorter documents",
+                fix="split the text into shorter documents, or use another tokenizer",
             ) from error
         return np.array(encodings[0].ids, dtype=np.uint32)
+
+
+def is_library_failure(error: BaseException) -> bool:
+    """Whether `tokenizers` failed; its panics are not `Exception`s."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def library_tokenizer(vocabulary: RankedVocabulary) -> Any:

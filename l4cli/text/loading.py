@@ -13,7 +13,7 @@ from typing import Any
 
 from l4cli.errors import L4Error
 from l4cli.text import files as hf_files
-from l4cli.text.backends import TokenizersBackend, choose_backend
+from l4cli.text.backends import TokenizersBackend, choose_backend, is_library_failure
 from l4cli.text.foreign import foreign_vocabulary, special_roles
 from l4cli.text.ranks import RankedVocabulary, parse_tiktoken_text
 from l4cli.text.special_tokens import NUM_PUBLISHED_RANKS, special_ids
@@ -122,7 +122,9 @@ def _foreign_tokenizer(
         raise L4Error(f"cannot encode `{source}` with `{backend}`", why=reason, fix=fix)
     try:
         foreign = foreign_vocabulary(data, files[hf_files.TOKENIZER_FILE])
-    except Exception as error:
+    except BaseException as error:
+        if not is_library_failure(error):
+            raise
         raise _unreadable(source, f"`tokenizers` cannot take it: {error}"[:300]) from error
     return Tokenizer(
         Definition(
@@ -164,11 +166,14 @@ def _completed_texts(vocabulary: RankedVocabulary, texts: Mapping[str, str]) -> 
 
 
 def _file_in(folder: Path) -> Path:
-    for place in (folder, folder / "tokenizer"):
-        for name in (hf_files.TOKENIZER_FILE, META_FILE):
-            if (place / name).is_file():
-                return place / name
-    found = sorted(entry.name for entry in folder.iterdir())[:8]
+    try:
+        for place in (folder, folder / "tokenizer"):
+            for name in (hf_files.TOKENIZER_FILE, META_FILE):
+                if (place / name).is_file():
+                    return place / name
+        found = sorted(entry.name for entry in folder.iterdir())[:8]
+    except OSError as error:
+        raise _unreadable(str(folder), (error.strerror or str(error)).lower()) from error
     why = "it holds " + (", ".join(f"`{name}`" for name in found) or "nothing")
     raise L4Error(f"no tokenizer in `{folder}`", why=why, fix=_WANTED)
 

@@ -85,12 +85,8 @@ def _train(library: Any, trainer: Any, batches: Iterable[list[str]]) -> None:
     worker.start()
     try:
         for batch in chain(batches, [None]):
-            while worker.is_alive():
-                try:
-                    feed.put(batch, timeout=1.0)
-                    break
-                except Full:
-                    continue
+            if not _put(feed, batch, worker):
+                break
         worker.join()
     except BaseException:
         stopped.set()
@@ -101,6 +97,15 @@ def _train(library: Any, trainer: Any, batches: Iterable[list[str]]) -> None:
         raise
     if failures:
         raise RuntimeError("`tokenizers` failed to train") from failures[0]
+
+
+def _put(feed: Queue[list[str] | None], batch: list[str] | None, worker: Thread) -> bool:
+    """Hand a batch over; False if the worker has ended and takes no more."""
+    while worker.is_alive():
+        with suppress(Full):
+            feed.put(batch, timeout=1.0)
+            return True
+    return False
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -16,7 +16,7 @@ from l4cli.text import load_tokenizer, tokenizer_from_files
 from l4cli.text.files import tokenizer_files
 from l4cli.text.ranks import RankedVocabulary
 from l4cli.text.special_tokens import special_ids
-from l4cli.text.splitting import LLAMA3_PATTERN, LLAMA4_PATTERN
+from l4cli.text.splitting import KNOWN_PATTERNS, LLAMA3_PATTERN, LLAMA4_PATTERN, blocks
 
 BYTES = [bytes([byte]) for byte in range(256)]
 WORDS = [b"he", b"ll", b"hell", b"hello", b" w", b" wo", b"rl", b"rld", b" world", b"\n\n", b"  "]
@@ -124,6 +124,34 @@ def test_what_is_not_defined_by_ranks_goes_through_tokenizers(reason):
     assert tokenizer_from_files(files).fingerprint == tokenizer.fingerprint
     with pytest.raises(L4Error, match="with `tiktoken`"):
         tokenizer_from_files(files, backend="tiktoken")
+
+
+def test_a_pattern_that_the_library_gives_up_on():
+    def change(data):
+        data["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(l+)+$"}
+
+    tokenizer = tokenizer_from_files(changed(change))
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    with pytest.raises(L4Error, match="cannot encode the text"):
+        tokenizer.encode("l" * 60 + "!")
+
+
+@pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
+def test_known_patterns_split_alike_and_allow_the_cuts(pattern):
+    pytest.importorskip("tiktoken")
+    # Every pair of these is a token, so that the ids show where the text was split.
+    letters = "aB9 \n/'s!\u00e9\u0301\u4e2d"
+    words = [first + second for first in letters for second in letters]
+    tokens = dict.fromkeys(word.encode()[:end] for word in words for end in range(2, 7))
+    files = ranked_files([token for token in sorted(tokens, key=len) if len(token) > 1], pattern)
+    fast, plain = (tokenizer_from_files(files, backend=name) for name in ("tiktoken", "tokenizers"))
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        text = "".join(rng.choice(list(letters), size=rng.integers(1, 40)))
+        ids = fast.encode(text).tolist()
+        assert plain.encode(text).tolist() == ids
+        pieces = [fast.encode(piece) for piece in blocks([text], block_chars=3)]
+        assert np.concatenate(pieces).tolist() == ids
 
 
 def library_file(tokenizer) -> dict[str, str]:
