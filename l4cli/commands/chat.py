@@ -91,7 +91,7 @@ def chat(
         why = "plain text has no system message"
         raise UsageError("`--raw` and `--system` given", why=why, fix="leave one of them out")
     images = image or []
-    text = _question(question if question is not None else prompt, images, raw)
+    text = _question(checkpoint, question if question is not None else prompt, images, raw)
     if boxes is not None:
         _check_boxes(boxes, images, is_conversation=text is None)
     flags = {
@@ -124,7 +124,9 @@ def chat(
             show_boxes(answer.text, conversation.last_picture.image, boxes)
 
 
-def _question(given: str | None, images: list[Path], is_raw: bool) -> str | None:
+def _question(
+    checkpoint: Path | None, given: str | None, images: list[Path], is_raw: bool
+) -> str | None:
     """What to ask: piped text and the given words. None: there is a terminal to ask on."""
     if given is not None:
         try:
@@ -145,6 +147,10 @@ def _question(given: str | None, images: list[Path], is_raw: bool) -> str | None
     if given is not None:
         why, fix = "it is empty", '`l4 chat -p "..."`'
         raise UsageError("no question", why=why, fix=fix)
+    if checkpoint is None:
+        from l4cli.commands import chat_model
+
+        chat_model.find(None)  # for who has no model yet, that is the first thing to know
     why = "there is no terminal to type on, and standard input is empty"
     fix = '`l4 chat -p "..."`, or pipe the question in'
     raise UsageError("no question", why=why, fix=fix)

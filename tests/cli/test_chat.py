@@ -175,6 +175,7 @@ def test_newest_run_answers_when_none_is_named(ask, tmp_path, monkeypatch):
     code, out, err = ask("-p", "hi")
     assert (code, out) == (1, "")
     assert "error: no model to talk to" in err
+    assert ask() == (code, out, err)
     assert "sh examples/quickstart.sh" in err
     for name, says in (("old", "old"), ("new", "newly")):
         save_checkpoint(tmp_path / "runs" / name / "step-000001", says)
@@ -272,21 +273,16 @@ def test_a_checkpoint_that_does_not_fit_together(ask, tmp_path):
     assert "tokens, and the model knows 270" in err
 
 
-def test_a_model_without_eyes(ask, checkpoint, picture, tmp_path):
-    import shutil
-
-    folder = tmp_path / "blind"
-    shutil.copytree(checkpoint, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config["text_config"]}))
-    (folder / "model.safetensors").unlink()
-    from l4cli.checkpoint import save_model
-    from l4cli.model import Llama4Config, build_model
-    from l4cli.text import load_tokenizer
-
-    shutil.rmtree(folder)
-    model = build_model(Llama4Config.from_dict(config["text_config"]), seed=0)
-    save_model(model, folder, load_tokenizer("bytes").files(), None)
+def test_a_model_without_eyes(ask, picture, tmp_path):
+    folder = save_checkpoint(tmp_path / "blind", sees=False)
     code, out, err = ask(folder, "-p", "hi", "--image", picture)
     assert (code, out) == (1, "")
     assert "has no picture encoder" in err
+    assert ask(folder, "-p", "hi", "--max-new-tokens", "3")[0] == 0
+
+
+def test_a_model_larger_than_memory(ask, checkpoint, monkeypatch):
+    monkeypatch.setattr("l4cli.commands.chat_model.available_memory", lambda device: 1000)
+    code, out, err = ask(checkpoint, "-p", "hi")
+    assert (code, out) == (1, "")
+    assert "1000 B of memory are free" in err

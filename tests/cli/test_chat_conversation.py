@@ -20,6 +20,7 @@ from tiny_chat import save_checkpoint, save_picture
 from l4cli.commands import chat_model
 from l4cli.commands.boxes import Box, draw_boxes, find_boxes
 from l4cli.commands.conversation import Answer, Conversation, TextStream
+from l4cli.data.media import tiles_of
 from l4cli.errors import L4Error
 from l4cli.inference import SamplingOptions
 from l4cli.text import load_tokenizer, render_chat
@@ -195,8 +196,6 @@ def test_history_is_what_a_whole_rendering_would_be(model):
 
 
 def tiles_for(model, image) -> torch.Tensor:
-    from l4cli.data.media import tiles_of
-
     return torch.from_numpy(tiles_of(image, model.geometry))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,15 +59,21 @@ def tiny_config(**text_changes) -> Llama4Config:
 
 
 def save_checkpoint(
-    folder: Path, says: str | None = None, *, ends: bool = True, **text_changes
+    folder: Path,
+    says: str | None = None,
+    *,
+    ends: bool = True,
+    sees: bool = True,
+    **text_changes,
 ) -> Path:
     """Save a random model; with `says` one that writes this (no byte twice), once or for ever."""
     tokenizer = load_tokenizer("bytes")
-    model = build_model(tiny_config(**text_changes), seed=0)
+    config = tiny_config(**text_changes)
+    model = build_model(config if sees else replace(config, vision=None), seed=0)
     if says is not None:
         _teach(model, [*says.encode(), *([tokenizer.eot_id] if ends else [])])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, folder, tokenizer.files(), GEOMETRY)
+    save_model(model, folder, tokenizer.files(), GEOMETRY if sees else None)
     return folder
 
 
