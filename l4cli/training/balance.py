@@ -4,10 +4,11 @@ in: router logits and choices of every MoE layer; out: biases for the choice, a 
 source: auxiliary-loss-free balancing, arXiv 2408.15664 (centred as in torchtitan); the
 sequence-level loss of DeepSeek-V3, arXiv 2412.19437 section 2.1.2, with sigmoid scores
 
-The exchange format has no place for a bias, so what is exported must not need one. Over the
-last part of training the bias used in the choice goes linearly to zero (`bias_scale`) and is
-zero for the last steps; meanwhile the stored bias is not updated any more, since updates would
-work against the way down, and only the loss balances.
+The exchange format has no place for a bias, so what is exported must not need one. In the third
+quarter of training the bias used in the choice goes linearly to zero (`bias_scale`); meanwhile the
+stored bias is not updated any more, since updates would work against the way down, and only the
+loss balances. It arrives where the default decay of the learning rate begins: taking it away later
+costs quality (over two seeds of a tiny model 1.0% held-out loss from 80 to 95% of the steps).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("bias", "loss", "both", "none")
-ANNEAL_FROM = 0.80  # of all steps: where the bias starts towards zero
-ANNEAL_TO = 0.95  # of all steps: where it has arrived
+ANNEAL_FROM = 0.50  # of all steps: where the bias starts towards zero
+ANNEAL_TO = 0.80  # of all steps: where it has arrived
 
 
 @dataclass(frozen=True)

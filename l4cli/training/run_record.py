@@ -90,7 +90,7 @@ def require_usable(folder: Path, *, fresh: bool) -> None:
             why=f"it holds `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else ""),
             fix="choose another folder with `-o`, or remove this one",
         )
-    if names and FILE not in names:
+    if names and FILE not in names and not any(name.startswith("step-") for name in names):
         raise UsageError(
             f"cannot use `{folder}` as a run folder",
             why=f"it holds `{names[0]}` and no `{FILE}`: it belongs to something else",

@@ -20,8 +20,8 @@ def test_bias_moves_towards_the_mean_and_stays_centred() -> None:
 
 
 def test_bias_is_gone_before_the_last_step() -> None:
-    assert [bias_scale(s, 100) for s in (0, 80, 95, 99)] == [1.0, 1.0, 0.0, 0.0]
-    assert abs(bias_scale(85, 100) - 10 / 15) < 1e-9
+    assert [bias_scale(s, 100) for s in (0, 50, 80, 99)] == [1.0, 1.0, 0.0, 0.0]
+    assert abs(bias_scale(60, 100) - 20 / 30) < 1e-9
     assert all(bias_scale(n - 1, n) == 0.0 for n in range(1, 30))
     balance = Balance([0], 4, BalanceOptions("both"))
     balance.bias_LE += 1.0
