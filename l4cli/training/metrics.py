@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l4cli.errors import L4Error
+
 FILE = "metrics.jsonl"
 
 
@@ -104,10 +106,18 @@ class MetricsFile:
         os.replace(temporary, self.path)
 
     def write(self, event: Mapping[str, Any]) -> None:
-        """Append one line."""
-        # One write of one line: a kill leaves the line whole or leaves nothing.
-        with self.path.open("ab", buffering=0) as file:
-            file.write((json.dumps(event, allow_nan=False) + "\n").encode())
+        """Append one line. raises: L4Error when the disk refuses"""
+        line = (json.dumps(event, allow_nan=False) + "\n").encode()
+        try:
+            # One write of one line: a kill leaves the line whole or leaves nothing.
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line)
+        except OSError as error:
+            raise L4Error(
+                f"cannot write `{self.path}`",
+                why=(error.strerror or str(error)).lower(),
+                fix="make room or check the permissions; the same command then continues",
+            ) from error
 
     def sync(self) -> None:
         """Make the lines durable before a checkpoint that counts on them."""
