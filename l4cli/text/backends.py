@@ -61,7 +61,8 @@ class TiktokenBackend:
         self._core: Any = encoding._core_bpe
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(self._core.encode_to_tiktoken_buffer(text, set()), dtype=np.uint32)
+        buffer = self._core.encode_to_tiktoken_buffer(text, set())
+        return np.frombuffer(buffer, dtype=np.uint32).copy()  # writable, as from the other engines
 
 
 class TokenizersBackend:

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 import pytest
-from samples import LANGUAGES, SHAPES
+from text_samples import LANGUAGES, SHAPES
 
 from l4cli.errors import L4Error
 from l4cli.text import load_tokenizer, tokenizer_from_files

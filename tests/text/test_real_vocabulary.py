@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import LANGUAGES, RUNS, SHAPES
+from text_samples import LANGUAGES, RUNS, SHAPES
 
 from l4cli.text import SPECIAL_TOKENS, load_tokenizer, tokenizer_from_files
 from l4cli.text.splitting import MAX_RUN_CHARS, blocks, cut_long_runs
