@@ -18,7 +18,7 @@ from l4cli import terminal
 from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
 from l4cli.data.geometry import PROCESSOR_FILES, PictureGeometry
 from l4cli.errors import L4Error
-from l4cli.inference import Engine, SamplingOptions
+from l4cli.inference import Engine, SamplingOptions, pack_weights
 from l4cli.model import Llama4Config
 from l4cli.planning import available_memory
 from l4cli.text import Tokenizer, load_tokenizer
@@ -75,6 +75,9 @@ def load(checkpoint: Path | None, device: str, dtype: str, *, is_raw: bool) -> C
     generation = _generation(folder, config)
     _require_memory(folder, dtype, place)
     model = load_model(folder, device=place, dtype=DTYPES[dtype])
+    reason = pack_weights(model)
+    if reason is not None and place.type == "cpu":
+        terminal.say(f"decoding from plain weights: {reason}")
     engine = Engine(model, num_token_ids=tokenizer.vocab_size)
     return ChatModel(folder, tokenizer, engine, geometry, generation)
 

@@ -2,6 +2,7 @@
 
 from l4cli.inference.cache import Cache, CacheBatch
 from l4cli.inference.engine import PREFILL_CHUNK, Engine, Event, Request, RoutingRecord
+from l4cli.inference.packing import pack_weights
 from l4cli.inference.sampler import Sampler, SamplingOptions
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "RoutingRecord",
     "Sampler",
     "SamplingOptions",
+    "pack_weights",
 ]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.errors import L4Error
@@ -20,9 +21,9 @@ from l4cli.inference.cache import Cache, CacheBatch
 from l4cli.inference.sampler import Sampler, SamplingOptions
 from l4cli.model import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration
 from l4cli.ops.batch import Batch
-from l4cli.ops.cross_entropy import token_losses
 
 PREFILL_CHUNK = 2048  # tokens read at once: enough rows for each expert, little memory
+LOGIT_ELEMENTS = 2**22  # logits held at once when scoring: 16 MiB
 
 Finish = Literal["stop", "length", "context"]
 
@@ -99,7 +100,7 @@ class Engine:
         self.model = model.eval()
         self.config: Llama4Config = model.config
         self.max_context = max_context or self.config.text.max_position_embeddings
-        self.device = model.lm_head.weight.device
+        self.device = next(model.parameters()).device
         self.never = _never_chosen(self.config, num_token_ids).to(self.device)
 
     def check_context(self, num_tokens: int) -> None:
@@ -154,13 +155,21 @@ class Engine:
         if cache is not None and cache.logits_V is not None:
             parts.append(cache.logits_V.log_softmax(-1)[ids[:1].to(self.device)])
         cache = cache or Cache(self.config.text)
-        weight_VD = self.model.lm_head.weight
         for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, None):
             next_ids = ids[rows.start + 1 : rows.stop + 1].to(self.device)
-            parts.append(-token_losses(hidden_TD[: len(next_ids)], weight_VD, next_ids))
+            parts.append(self._logprobs(hidden_TD[: len(next_ids)], next_ids))
             if rows.stop == len(ids):
                 cache.logits_V = self.model.lm_head(hidden_TD[-1]).float()
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def _logprobs(self, hidden_TD: Tensor, ids_T: Tensor) -> Tensor:
+        """Log-probability of one id at each position, never with all logits at once."""
+        rows = max(1, LOGIT_ELEMENTS // self.config.text.vocab_size)
+        parts = [ids_T.new_empty(0, dtype=torch.float32)]
+        for hidden, ids in zip(hidden_TD.split(rows), ids_T.split(rows), strict=True):
+            logits_TV = self.model.lm_head(hidden).float()
+            parts.append(-F.cross_entropy(logits_TV, ids, reduction="none"))
+        return torch.cat(parts)
 
     def generate(self, requests: Sequence[Request], max_batch_size: int = 16) -> Iterator[Event]:
         """Continue every request, up to `max_batch_size` side by side; their events interleave."""

@@ -98,6 +98,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden, 2 * width))  # [E, D, 2F]
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))  # [E, F, D]
 
+    def forward(self, x_MD: Tensor, gate_MA: Tensor, expert_MA: Tensor) -> Tensor:
+        return routed_experts(x_MD, gate_MA, expert_MA, self.gate_up_proj, self.down_proj)
+
 
 class MoE(nn.Module):
     """A shared expert for every token and the top routed ones for each."""
@@ -120,8 +123,7 @@ class MoE(nn.Module):
             shared.routing.record(
                 self.layer_idx, logits_ME.unflatten(0, rows), expert_MA.unflatten(0, rows)
             )
-        weights = (self.experts.gate_up_proj, self.experts.down_proj)
-        y_MD = routed_experts(x_MD, gate_MA, expert_MA, *weights)
+        y_MD = self.experts(x_MD, gate_MA, expert_MA)
         return self.shared_expert(x_BTD) + y_MD.view_as(x_BTD)
 
 

@@ -15,16 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import torchvision_schemas
-
-torchvision_schemas.declare()  # before transformers looks at torchvision
-import transformers
-
-from l4cli.inference import Engine, Request
+from l4cli.inference import Engine, Request, pack_weights
 from l4cli.model import Llama4Config, build_model
 
 BENCH_M = {
@@ -47,7 +42,19 @@ BENCH_M = {
 }
 
 
-def both_models(dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+def load_transformers() -> Any:
+    """Import the peer, beside whatever torchvision there is."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import torchvision_schemas
+
+    torchvision_schemas.declare()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def both_models(transformers: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
     """One set of random weights in transformers' modules and in ours."""
     config = transformers.Llama4TextConfig(**BENCH_M)
     torch.manual_seed(0)
@@ -113,8 +120,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    peer, ours = both_models({"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype])
+    transformers = load_transformers()
+    peer, ours = both_models(
+        transformers, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    )
+    reason = pack_weights(ours)  # as `l4 chat` does
     engine = Engine(ours)
     sides = {
         "transformers": lambda prompt, n: peer_times(peer, prompt, n),
@@ -123,6 +133,7 @@ def main() -> None:
     figures = measure(sides, args)
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     print(f"bench-m, {args.dtype}, {args.threads} threads, {args.prompt} tokens prompt, batch 1")
+    print("weights packed" if reason is None else f"weights plain: {reason}")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, load {load}")
     print(f"{'tok/s':<10}{'transformers':>14}{'l4':>10}{'ratio':>8}")
     for what, row in figures.items():
