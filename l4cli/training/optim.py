@@ -24,7 +24,6 @@ _MAX_STACK = 2**26  # elements orthogonalised at once: 128 MiB in bf16
 # Vectors in disguise: rows looked up or compared one by one, not maps between hidden states.
 _NOT_HIDDEN = (
     "embed_tokens.weight",
-    "patch_embedding.linear.weight",
     "positional_embedding_vlm",
     "class_embedding",
     "feed_forward.router.weight",

@@ -98,7 +98,7 @@ def test_groups_follow_the_role_of_a_parameter() -> None:
     assert groups[f"{EXPERTS}.gate_up_proj"] == "hidden"
     matrix = torch.zeros(2, 2)
     prefix = "vision_model."
-    assert parameter_group(prefix + "patch_embedding.linear.weight", matrix) == "vector"
+    assert parameter_group(prefix + "patch_embedding.linear.weight", matrix) == "hidden"
     assert parameter_group(prefix + "positional_embedding_vlm", matrix) == "vector"
     assert parameter_group(prefix + "vision_adapter.mlp.fc1.weight", matrix) == "hidden"
     assert parameter_group("multi_modal_projector.linear_1.weight", matrix) == "hidden"
