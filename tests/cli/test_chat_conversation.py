@@ -101,7 +101,10 @@ def test_talk_look_interrupt_and_leave(open_terminal, tmp_path):
     terminal.type("/image nowhere.png")
     terminal.wait_for("error: cannot use picture `nowhere.png`")
     terminal.wait_for("> ")
-    terminal.interrupt()  # at the prompt: nothing to stop
+    # At the prompt there is nothing to stop. Between its prompt and its wait for a key Python
+    # takes a signal for later, so a key has to follow.
+    terminal.interrupt()
+    terminal.type("")
     terminal.wait_for("(Ctrl-D or `/exit` ends)")
     terminal.wait_for("> ")
     terminal.type("hello")
