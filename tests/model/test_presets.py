@@ -85,7 +85,7 @@ def test_unknown_preset_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"num_key_value_heads": 4}, "num_key_value_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"num_experts_per_tok": 99}, "num_experts_per_tok"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
