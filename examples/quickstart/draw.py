@@ -175,7 +175,7 @@ def _background(rng: random.Random, side: int, rgb: tuple[int, ...]) -> np.ndarr
 def _backdrop(rng: random.Random, rgb: tuple[int, ...]) -> np.ndarray:
     """A colour far from `rgb`, mostly quiet, from nearly black to nearly white."""
     while True:
-        grey, spread = rng.uniform(15, 240), rng.choice((10, 25, 60))
+        grey, spread = rng.uniform(15, 240), rng.choice((4, 10, 20))
         colour = [min(250, max(5, grey + rng.uniform(-spread, spread))) for _ in range(3)]
         if math.dist(colour, rgb) >= _CONTRAST:
             return np.asarray(colour, np.float32)
