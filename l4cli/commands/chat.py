@@ -115,10 +115,10 @@ def chat(
     conversation = Conversation(model, sampling, system, max_new_tokens, is_raw=raw)
     for name, picture in pictures:
         conversation.add_picture(name, picture)
-    if text is None:
-        _describe(conversation, sampling)
-        repl.talk(conversation, boxes)
-    else:
+    with chat_model.fitting_threads(model):
+        if text is None:
+            _describe(conversation, sampling)
+            return repl.talk(conversation, boxes)
         answer = repl.answer_once(conversation, text)
         if boxes is not None and conversation.last_picture is not None:
             show_boxes(answer.text, conversation.last_picture.image, boxes)

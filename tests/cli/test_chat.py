@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_chat import save_checkpoint, save_picture
 
@@ -151,6 +152,17 @@ def test_sampling_has_a_seed(ask, tmp_path):
     assert answer("--top-k", "1", "--seed", "5") == greedy
     assert answer("--top-p", "0.5", "--seed", "5") != greedy
     assert answer("--dtype", "bf16") is not None
+
+
+def test_threads_are_as_before(ask, checkpoint, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert ask(checkpoint, "-p", "hi")[0] == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_defaults_come_from_the_checkpoint(ask, tmp_path):

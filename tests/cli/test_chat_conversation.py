@@ -140,7 +140,9 @@ def model(tmp_path_factory):
     folder = save_checkpoint(
         tmp_path_factory.mktemp("chat") / "random", max_position_embeddings=4096
     )
-    return chat_model.load(folder, "cpu", "auto", is_raw=False)
+    loaded = chat_model.load(folder, "cpu", "auto", is_raw=False)
+    with chat_model.fitting_threads(loaded):
+        yield loaded
 
 
 def conversation(model, **options) -> Conversation:
