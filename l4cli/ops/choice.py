@@ -36,5 +36,6 @@ _VERSIONS = (
     ("swiglu", "recomputed", "keeps two tensors for the backward"),
     ("routed_experts", "sorted", "tokens sorted by expert; an expert's rows in one product"),
     ("segment_attention", "blocked or fused", "blocked in bf16 on a CPU up to 4096, else torch's"),
+    ("packed_linear", "packed", "oneDNN's layout, made once for a model that only answers"),
     ("linear_cross_entropy", "chunked", "gradients made in the forward, 8 MiB of logits at once"),
 )
