@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 work=runs/quickstart
-venv=.venv
+venv=.quickstart
 
 say() { printf '\n\033[1m# %s\033[0m\n' "$*"; }
 [ -t 1 ] && [ -z "${NO_COLOR:-}" ] || say() { printf '\n# %s\n' "$*"; }
@@ -28,7 +28,7 @@ say "real text: this machine's Python library and its help topics, some files he
 run python examples/quickstart/corpus.py "$work/text"
 
 say "pictures, drawn here: five colour-shape pairs are kept for the exam"
-run python examples/quickstart/draw.py "$work/pictures" --count 16000 --pairs seen --seed 1
+run python examples/quickstart/draw.py "$work/pictures" --count 24000 --pairs seen --seed 1
 run python examples/quickstart/draw.py "$work/new" --count 300 --pairs all --seed 2
 
 say "a tokenizer"
@@ -45,8 +45,8 @@ run l4 tokenize "$work/pictures/chats.jsonl" --tokenizer "$work/tokenizer" --pre
 run l4 pack "$work/chats.tokens" --seq-len 512 -o "$work/shards/pictures"
 
 say "train on both at once"
-run l4 pretrain "$work/shards/train:0.3" "$work/shards/pictures:0.7" --preset nano \
-    --steps "${STEPS:-2000}" --batch-size 8 --lr 0.006 --decay-frac 0.5 --decay-shape linear --dtype bf16 \
+run l4 pretrain "$work/shards/train:0.2" "$work/shards/pictures:0.8" --preset nano \
+    --steps "${STEPS:-1400}" --batch-size 8 --lr 0.003 --decay-frac 0.5 --decay-shape linear --dtype bf16 \
     --eval-data "$work/shards/held-out" --eval-every 0 --log-every 50 --save-every 500 -o "$work/nano"
 
 say "the exam: 300 pictures it never saw, five questions each"

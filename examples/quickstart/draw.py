@@ -42,7 +42,7 @@ UNSEEN = (
     ("blue", "star"),
     ("orange", "cross"),
 )
-SIZES = {"small": (0.13, 0.15), "medium": (0.18, 0.21), "large": (0.25, 0.28)}  # radius / side
+SIZES = {"small": (0.15, 0.17), "medium": (0.20, 0.22), "large": (0.26, 0.28)}  # radius / side
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
 BACKGROUNDS = ("plain", "shaded", "noisy", "striped")
@@ -55,6 +55,7 @@ QUESTIONS = {
     "size": ("How big is it?", "What size is the shape?"),
     "box": ("Give its box.", "Draw a box around it.", "What is the box of the shape?"),
 }
+DESCRIBED = 0.5  # of the pictures; a description is short, so that more pictures are seen
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
 
 _OVERSAMPLING = 4  # the shape's mask is drawn this much larger, then averaged down
@@ -183,7 +184,7 @@ def _backdrop(rng: random.Random, rgb: tuple[int, ...]) -> np.ndarray:
 
 def chat(rng: random.Random, scene: Scene) -> list[dict[str, str]]:
     """A conversation about a picture; the first user message carries the picture."""
-    if rng.random() < 0.25:
+    if rng.random() < DESCRIBED:
         turns = [(rng.choice(DESCRIBE), scene.description())]
     else:
         kinds = rng.sample(list(QUESTIONS), len(QUESTIONS))
