@@ -44,11 +44,21 @@ def test_overfits_one_batch(tmp_path: Path) -> None:
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path: Path) -> None:
+    """Compared where gradients enter linearly: Muon's bf16 products magnify their last bits."""
     loops = [
-        train(tmp_path / str(size), 3, source=CountingSource(size), log_every=1) for size in (4, 1)
+        train(tmp_path / str(size), 1, source=CountingSource(size), log_every=1) for size in (4, 1)
     ]
-    for name, weight in _weights(loops[0]).items():
-        torch.testing.assert_close(weight, _weights(loops[1])[name], rtol=0, atol=2e-4)
+    whole, parts = (loop.trainees[0].optimizer.state_dict() for loop in loops)
+    linear = [key for key in whole if key.endswith((".momentum_buffer", ".exp_avg"))]
+    assert len(linear) == len(_weights(loops[0]))
+    for key in linear:
+        scale = float(whole[key].abs().max())
+        torch.testing.assert_close(whole[key], parts[key], rtol=0, atol=1e-5 * scale, msg=key)
+
+
+def test_micro_batches_give_the_same_figures(tmp_path: Path) -> None:
+    for size in (4, 1):
+        train(tmp_path / str(size), 3, source=CountingSource(size), log_every=1)
     for whole, parts in zip(_metrics(tmp_path / "4"), _metrics(tmp_path / "1"), strict=True):
         for key in ("loss", "balance_loss", "grad_norm"):
             assert whole[key] == pytest.approx(parts[key], rel=1e-4), key
