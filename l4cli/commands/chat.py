@@ -159,7 +159,9 @@ def _question(
 def _piped_text() -> str:
     if sys.stdin is None:
         return ""
-    data = sys.stdin.buffer.read()
+    from l4cli.data.standard_input import standard_input
+
+    data = standard_input().read()
     try:
         return data.decode().rstrip("\n")
     except UnicodeDecodeError as error:

@@ -15,7 +15,6 @@ examples:
 from __future__ import annotations
 
 import json as json_format
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -233,10 +232,11 @@ def _explain_tokenizer(target: str, samples: int) -> Facts:
 def _explain_stream(target: str, samples: int) -> Facts:
     """Read every frame: how much there is, and whether the producer came to its end."""
     from l4cli.data.samples import stream_samples
+    from l4cli.data.standard_input import standard_input
     from l4cli.data.stream import StreamReader
 
     name = "stdin" if target == "-" else target
-    with nullcontext(sys.stdin.buffer) if target == "-" else open(target, "rb") as file:
+    with nullcontext(standard_input()) if target == "-" else open(target, "rb") as file:
         reader = StreamReader(file, name)
         decoded, problem = stream_samples(reader, samples)
     totals, header = reader.totals, reader.header

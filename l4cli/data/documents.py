@@ -6,7 +6,6 @@ in: `Source`s of any length, endless ones too; out: `Unit`s in order, enough for
 from __future__ import annotations
 
 import codecs
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from l4cli.data.inputs import HEAD_BYTES, Inputs, Kind, Source, binary_kind
+from l4cli.data.standard_input import standard_input
 from l4cli.errors import L4Error
 from l4cli.terminal import bytes_text
 
@@ -239,7 +239,7 @@ def _weight(item: Item) -> float:
 @contextmanager
 def _opened(source: Source) -> Iterator[BinaryIO]:
     if source.path is None:
-        yield sys.stdin.buffer
+        yield standard_input()
         return
     with ExitStack() as stack:
         try:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 import os
 import stat
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from l4cli import terminal
 from l4cli.data.packing import BestFitPacker, ConcatPacker, Rows, RowShuffler
 from l4cli.data.pieces import PictureBorders, Splitter
 from l4cli.data.shard_writer import ShardWriter
+from l4cli.data.standard_input import standard_input
 from l4cli.data.stream import StreamHeader, StreamReader, read_stream
 from l4cli.errors import L4Error
 from l4cli.text import tokenizer_from_files
@@ -135,21 +135,10 @@ def _check_headers(names: Sequence[str]) -> None:
 @contextmanager
 def _opened(name: str) -> Iterator[StreamReader]:
     if name == STDIN:
-        yield read_stream(_wide_stdin(), "stdin")
+        yield read_stream(standard_input(), "stdin")
         return
     with open(name, "rb") as file:
         yield read_stream(file, name)
-
-
-def _wide_stdin() -> BinaryIO:
-    """Stdin with a larger pipe, so that the producer goes on while we write a shard."""
-    try:
-        import fcntl
-
-        fcntl.fcntl(sys.stdin.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
-    except (ImportError, AttributeError, OSError):
-        pass  # no pipe, or a system without this call: it works as it is
-    return sys.stdin.buffer
 
 
 def _agreed(
