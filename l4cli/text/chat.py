@@ -102,21 +102,19 @@ class _Chat:
     """Ids so far, and the text since the last special token: it is encoded as one."""
 
     tokenizer: Tokenizer
-    ids: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
     media_positions: list[int] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
     follows_header: bool = False  # the waiting text begins with the header's two newlines
-    num_ids: int = 0
 
-    def append(self, ids: np.ndarray, mask: np.ndarray | int) -> None:
-        self.ids.append(ids)
-        self.masks.append(np.broadcast_to(np.asarray(mask, dtype=np.uint8), ids.shape))
-        self.num_ids += len(ids)
+    def append(self, ids: np.ndarray, mask: int) -> None:
+        self.ids += ids.tolist()
+        self.mask += [mask] * len(ids)
 
     def special(self, name: str, token_id: int | None, mask: int = 0) -> None:
-        known = _required(self.tokenizer, name, token_id)
-        self.append(np.array([known], dtype=np.uint32), mask)
+        self.ids.append(_required(self.tokenizer, name, token_id))
+        self.mask.append(mask)
 
     def text(self, text: str) -> None:
         self.waiting.append(text)
@@ -124,10 +122,11 @@ class _Chat:
     def flush(self, is_answer: bool) -> None:
         """Encode the waiting text; an answer's own tokens are targets."""
         ids = self.tokenizer.encode("".join(self.waiting))
-        mask = np.full(len(ids), is_answer, dtype=np.uint8)
-        if self.follows_header:
-            mask[: self._num_header_tokens(ids)] = 0
-        self.append(ids, mask)
+        num_masked = len(ids)
+        if is_answer:
+            num_masked = self._num_header_tokens(ids) if self.follows_header else 0
+        self.append(ids[:num_masked], 0)
+        self.append(ids[num_masked:], 1)
         self.waiting, self.follows_header = [], False
 
     def _num_header_tokens(self, ids: np.ndarray) -> int:
@@ -149,7 +148,7 @@ class _Chat:
     def image(self, block: np.ndarray, is_answer: bool) -> None:
         self.flush(is_answer)
         first_patch = int(np.argmax(block == self.tokenizer.patch_id))
-        self.media_positions.append(self.num_ids + first_patch)
+        self.media_positions.append(len(self.ids) + first_patch)
         self.append(block, 0)
 
     def end_of_turn(self, is_answer: bool) -> None:
@@ -158,8 +157,8 @@ class _Chat:
 
     def tokens(self) -> ChatTokens:
         return ChatTokens(
-            ids=np.concatenate(self.ids),
-            loss_mask=np.concatenate(self.masks),
+            ids=np.array(self.ids, dtype=np.uint32),
+            loss_mask=np.array(self.mask, dtype=np.uint8),
             media_positions=np.array(self.media_positions, dtype=np.int64),
         )
 

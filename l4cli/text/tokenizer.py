@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from l4cli.text.special_tokens import LLAMA3_NAMES
 from l4cli.text.splitting import blocks, cut_long_runs
 
 _UNIT_CHARS = 1 << 16  # threads take work in units of about this size
+# Conversations repeat their short texts: roles, headers, questions, one-word answers.
+_SHORT_CHARS = 64
+_NUM_SHORT = 1 << 14
 _INVALID_BYTES = re.compile("[\udc80-\udcff]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -55,6 +59,7 @@ class Tokenizer:
         self.backend_reason = definition.backend_reason
         self.vocab_size = len(definition.tokens)
         self._special_names = {i: name for name, i in definition.special_tokens.items()}
+        self._encode_short = lru_cache(_NUM_SHORT)(self._encode_divided)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, backend={self.backend!r})"
@@ -63,6 +68,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Give the ids of ordinary text, uint32."""
+        if len(text) <= _SHORT_CHARS:
+            return self._encode_short(text).copy()
+        return self._encode_divided(text)
+
+    def _encode_divided(self, text: str) -> np.ndarray:
         return _concatenate([self._encode_block(block) for block in self.divide([text])])
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
@@ -170,59 +180,59 @@ class Tokenizer:
 
     # Special tokens by role; None where the vocabulary has none
 
-    @property
+    @cached_property
     def bos_id(self) -> int | None:
         return self._role("<|begin_of_text|>", "bos")
 
-    @property
+    @cached_property
     def eos_id(self) -> int | None:
         return self._role("<|end_of_text|>", "eos")
 
-    @property
+    @cached_property
     def pad_id(self) -> int | None:
         return self._role("<|finetune_right_pad|>", "pad")
 
-    @property
+    @cached_property
     def eot_id(self) -> int | None:
         return self._role("<|eot|>")
 
-    @property
+    @cached_property
     def eom_id(self) -> int | None:
         return self._role("<|eom|>")
 
-    @property
+    @cached_property
     def header_start_id(self) -> int | None:
         return self._role("<|header_start|>")
 
-    @property
+    @cached_property
     def header_end_id(self) -> int | None:
         return self._role("<|header_end|>")
 
-    @property
+    @cached_property
     def image_start_id(self) -> int | None:
         return self._role("<|image_start|>")
 
-    @property
+    @cached_property
     def image_end_id(self) -> int | None:
         return self._role("<|image_end|>")
 
-    @property
+    @cached_property
     def tile_x_id(self) -> int | None:
         return self._role("<|tile_x_separator|>")
 
-    @property
+    @cached_property
     def tile_y_id(self) -> int | None:
         return self._role("<|tile_y_separator|>")
 
-    @property
+    @cached_property
     def image_id(self) -> int | None:
         return self._role("<|image|>")
 
-    @property
+    @cached_property
     def patch_id(self) -> int | None:
         return self._role("<|patch|>")
 
-    @property
+    @cached_property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer, of those the vocabulary has."""
         found = (self.eos_id, self.eom_id, self.eot_id)
