@@ -212,8 +212,10 @@ class Prepared:
 
 def prepare(request: Request) -> Prepared:
     """Open the data, make the config, refuse what cannot work."""
+    from l4cli.model import count_parameters
     from l4cli.training import data_setup, model_setup
-    from l4cli.training.device import torch_device
+    from l4cli.training.device import num_threads, torch_device
+    from l4cli.training.passes import num_at_once
 
     device = torch_device(request.device.value)
     config = model_setup.base_config(request.preset, request.config, request.init_from)
@@ -228,6 +230,7 @@ def prepare(request: Request) -> Prepared:
         micro_batch_size=request.micro_batch_size,
         seed=request.seed,
         attention_chunk_size=config.text.attention_chunk_size,
+        passes_at_once=num_at_once(count_parameters(config).total, device, num_threads()),
     )
     if request.init_from is not None:
         model_setup.require_same_tokenizer(request.init_from, source.tokenizer())
@@ -262,6 +265,7 @@ def _plan(
         mean_document_length=source.num_tokens / max(1, num_documents),
         # A picture is one tile or more; how many shows only when it is decoded.
         tiles=round(source.num_media / source.num_rows * source.micro_batch_size),
+        passes_at_once=source.passes_at_once,
         device=str(device),
         **shape,
     )
@@ -374,6 +378,7 @@ def _build_loop(request: Request, prepared: Prepared, folder: RunFolder) -> Loop
             log_every=request.log_every,
         ),
         device,
+        passes_at_once=source.passes_at_once,
         evaluations=[_evaluation(trainee.model, prepared)] if prepared.held_out else [],
         flops_per_token=prepared.plan.flops_per_token,
         flops_per_tile=prepared.plan.flops_per_tile,

@@ -120,6 +120,7 @@ class ShardSource:
         micro_batch_size: int,
         seed: int,
         attention_chunk_size: int | None,
+        passes_at_once: int = 1,
         shuffle: bool = True,
         rank: int = 0,
         world: int = 1,
@@ -129,6 +130,8 @@ class ShardSource:
         self.datasets = [ShardSet.open(part.path) for part in parts]
         _check_alike(self.datasets)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        # Passes that run at once share the rows of one micro-batch.
+        self.passes_at_once = min(passes_at_once, micro_batch_size)
         self.rank, self.world = rank, world
         # Text has no use for a geometry; the one that counts is that of the pictures.
         with_pictures = [shards for shards in self.datasets if shards.num_media]
@@ -157,7 +160,7 @@ class ShardSource:
         return sum(self._counts)
 
     def next(self) -> list[Batch]:
-        """This rank's micro-batches of the next global step."""
+        """This rank's micro-batches of the next global step, each in `passes_at_once` parts."""
         if self._ahead is None:
             self._mixture.counts = list(self._counts)
             self._ahead = _Ahead(self._prepare)
@@ -209,9 +212,10 @@ class ShardSource:
         share = self.batch_size // self.world
         mine = drawn[self.rank * share : (self.rank + 1) * share]
         batches = []
-        for start in range(0, share, self.micro_batch_size):
+        size = -(-self.micro_batch_size // self.passes_at_once)
+        for start in range(0, share, size):
             rows, names = [], []
-            for dataset, epoch, place in mine[start : start + self.micro_batch_size]:
+            for dataset, epoch, place in mine[start : start + size]:
                 number = self._mixture.row(dataset, epoch, place)
                 rows.append(self.datasets[dataset].row(number))
                 names.append(f"row {number} of `{self.datasets[dataset].folder}`")

@@ -26,15 +26,17 @@ def training_bytes(
     *,
     checkpoint_layers: bool = False,
     tiles: int = 0,
+    passes_at_once: int = 1,
 ) -> dict[str, int]:
     """What training holds at its peak on one rank, the largest part of it exact.
 
-    `tiles`: picture tiles in a micro-batch.
+    `tiles`: picture tiles in a micro-batch; `passes_at_once`: how many share a micro-batch's rows.
     """
+    num_gradients = 1 if passes_at_once == 1 else 1 + passes_at_once
     total = count_parameters(config).total
     return {
         "weights": _MASTER * total,
-        "gradients": _MASTER * total,
+        "gradients": num_gradients * _MASTER * total,
         "optimizer": _optimizer_bytes(config, optim),
         "activations": _activation_bytes(
             config, dtype, micro_batch_size * seq_len, checkpoint_layers, tiles

@@ -55,6 +55,7 @@ def plan_training(
     mean_document_length: float | None = None,
     checkpoint_layers: bool = False,
     tiles: int = 0,
+    passes_at_once: int = 1,
     device: str = "cpu",
 ) -> TrainingPlan:
     """Work out a run on one rank; milliseconds, nothing is allocated."""
@@ -62,7 +63,11 @@ def plan_training(
     return TrainingPlan(
         counts=count_parameters(config),
         bytes_by_class=training_bytes(
-            config, *shape, checkpoint_layers=checkpoint_layers, tiles=tiles
+            config,
+            *shape,
+            checkpoint_layers=checkpoint_layers,
+            tiles=tiles,
+            passes_at_once=passes_at_once,
         ),
         available_bytes=available_memory(device),
         flops_per_token=flops_per_token(config, seq_len, mean_document_length),

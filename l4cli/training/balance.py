@@ -13,6 +13,7 @@ it away from 80 to 95% of the steps cost a tiny model 1% of held-out loss (two s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,11 +62,10 @@ class LayerLoad:
 
 
 class Balance:
-    """The `Routing` of a model in training (see `l4cli.ops.moe`).
+    """Keeps the biases and the counts of a model in training.
 
-    Around each forward pass: `begin(mask)`, the pass, `sequence_loss()`. Around each optimizer
-    step: `start_step(...)` and `finish_step()`. Activation checkpointing runs layers again in
-    the backward pass; after `sequence_loss()` nothing is recorded, so nothing counts twice.
+    Around each optimizer step: `start_step(...)` and `finish_step()`. Each forward pass gets a
+    `Watch` of its own, since several may run at once.
     """
 
     def __init__(
@@ -81,10 +81,9 @@ class Balance:
         shape = (len(layer_idxs), num_experts)
         self.bias_LE = torch.zeros(shape, dtype=torch.float32, device=device)
         self.counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._counting = threading.Lock()
         self._scale = 1.0
         self._used_LE = self.bias_LE
-        self._mask_BT: Tensor | None = None
-        self._seen: list[tuple[Tensor, Tensor, int]] = []  # logits, choices, experts a token
 
     def bias(self, layer_idx: int) -> Tensor | None:
         """What is added to a layer's scores for the choice only, fp32 [E]."""
@@ -92,36 +91,14 @@ class Balance:
             return None
         return self._used_LE[self._row[layer_idx]]
 
-    def record(self, layer_idx: int, logits_BTE: Tensor, expert_BTA: Tensor) -> None:
-        """Count a layer's choices, and keep what the loss needs."""
-        if self._mask_BT is None:
-            return
-        row = self._row[layer_idx]
-        chosen_BTE = torch.zeros_like(logits_BTE).scatter_(-1, expert_BTA, 1.0)
-        chosen_BTE *= self._mask_BT.unsqueeze(-1)
-        chosen_BE = chosen_BTE.sum(1)
-        self.counts_LE[row] += chosen_BE.sum(0).to(torch.int64)
-        if self.options.uses_loss:
-            # Worked out after the pass: activation checkpointing wants the same tensors saved
-            # when it runs a layer again, and then there is nothing to record.
-            self._seen.append((logits_BTE, chosen_BE, expert_BTA.shape[-1]))
+    def watch(self, is_token_BT: Tensor) -> Watch:
+        """Watch one forward pass; the mask says which of its positions hold tokens."""
+        return Watch(self, is_token_BT.to(torch.float32))
 
-    def begin(self, is_token_BT: Tensor) -> None:
-        """Say which positions of the coming forward pass hold tokens, not padding."""
-        self._mask_BT = is_token_BT.to(torch.float32)
-        self._seen = []
-
-    def sequence_loss(self) -> Tensor | None:
-        """The scaled loss of the pass, summed over layers, each row times its tokens.
-
-        To be divided by the number of tokens. None without a loss or without MoE layers.
-        """
-        seen, mask_BT = self._seen, self._mask_BT
-        self._seen, self._mask_BT = [], None
-        if not seen or mask_BT is None:
-            return None
-        losses = [_sequence_loss(logits, chosen, mask_BT, k) for logits, chosen, k in seen]
-        return self.options.loss_scale * torch.stack(losses).sum()
+    def count(self, layer_idx: int, num_chosen_E: Tensor) -> None:
+        """Add to the step's counts; whole numbers, so that the order does not matter."""
+        with self._counting:
+            self.counts_LE[self._row[layer_idx]] += num_chosen_E.to(torch.int64)
 
     def start_step(self, step: int, num_steps: int) -> None:
         """Forget the counts, and take the bias that this step is to use."""
@@ -155,6 +132,47 @@ class Balance:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what `state_dict` gave."""
         self.bias_LE.copy_(state["bias"])
+
+
+class Watch:
+    """The `Routing` of one forward pass (see `l4cli.ops.moe`), over once its loss is taken.
+
+    Activation checkpointing runs layers again in the backward pass; by then nothing is recorded,
+    so nothing counts twice.
+    """
+
+    def __init__(self, balance: Balance, mask_BT: Tensor) -> None:
+        self._balance, self._mask_BT = balance, mask_BT
+        self._is_over = False
+        self._seen: list[tuple[Tensor, Tensor, int]] = []  # logits, choices, experts a token
+
+    def bias(self, layer_idx: int) -> Tensor | None:
+        """What is added to a layer's scores for the choice only, fp32 [E]."""
+        return self._balance.bias(layer_idx)
+
+    def record(self, layer_idx: int, logits_BTE: Tensor, expert_BTA: Tensor) -> None:
+        """Count a layer's choices, and keep what the loss needs."""
+        if self._is_over:
+            return
+        chosen_BTE = torch.zeros_like(logits_BTE).scatter_(-1, expert_BTA, 1.0)
+        chosen_BTE *= self._mask_BT.unsqueeze(-1)
+        chosen_BE = chosen_BTE.sum(1)
+        self._balance.count(layer_idx, chosen_BE.sum(0))
+        if self._balance.options.uses_loss:
+            # Worked out after the pass: activation checkpointing wants the same tensors saved
+            # when it runs a layer again, and then there is nothing to record.
+            self._seen.append((logits_BTE, chosen_BE, expert_BTA.shape[-1]))
+
+    def sequence_loss(self) -> Tensor | None:
+        """The scaled loss of the pass, summed over layers, each row times its tokens.
+
+        To be divided by the number of tokens. None without a loss or without MoE layers.
+        """
+        seen, self._seen, self._is_over = self._seen, [], True
+        if not seen:
+            return None
+        losses = [_sequence_loss(logits, chosen, self._mask_BT, k) for logits, chosen, k in seen]
+        return self._balance.options.loss_scale * torch.stack(losses).sum()
 
 
 def _sequence_loss(

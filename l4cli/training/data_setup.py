@@ -25,6 +25,7 @@ def open_source(
     micro_batch_size: int | None,
     seed: int,
     attention_chunk_size: int | None,
+    passes_at_once: int = 1,
 ) -> ShardSource:
     """Open training data. `seq_len` is a check: rows have the length they were packed with."""
     packed_len = ShardSet.open(parse_mixture(specs)[0].path).seq_len
@@ -38,6 +39,7 @@ def open_source(
         micro_batch_size=micro_batch_size or default_micro_batch_size(batch_size, packed_len),
         seed=seed,
         attention_chunk_size=attention_chunk_size,
+        passes_at_once=passes_at_once,
     )
 
 

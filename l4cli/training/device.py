@@ -30,7 +30,10 @@ def make_repeatable(seed: int, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # The check would fill every new buffer with NaN; ours are written before they are read.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # torch counts the machine's cores; a container or `taskset` may leave fewer.
+    torch.set_num_threads(num_threads())
+
+
+def num_threads() -> int:
+    """Count the threads to compute with: torch sees the machine's cores, `taskset` leaves fewer."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1 << 30
-    if torch.get_num_threads() > usable:
-        torch.set_num_threads(usable)
+    return min(torch.get_num_threads(), usable)

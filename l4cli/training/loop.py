@@ -24,6 +24,7 @@ from l4cli.errors import L4Error
 from l4cli.ops.batch import Batch
 from l4cli.training.interrupts import EvaluationCut, Interrupts
 from l4cli.training.metrics import LossSum, Means, MetricsFile, Stopwatch, peak_memory_gib
+from l4cli.training.passes import Loss, Passes
 from l4cli.training.trainee import Trainee
 
 
@@ -51,6 +52,8 @@ class Objective(Protocol):
 # Gets what to call between batches (it may raise), gives figures for `metrics.jsonl`.
 Evaluation = Callable[[Callable[[], None]], dict[str, float]]
 
+_Figures = list[tuple[str, float, float]]  # name, sum, weight
+
 
 @dataclass(frozen=True)
 class LoopOptions:
@@ -73,6 +76,7 @@ class Loop:
     objective: Objective
     options: LoopOptions
     device: torch.device
+    passes_at_once: int = 1
     evaluations: Sequence[Evaluation] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)  # saved with every checkpoint
     flops_per_token: float = 0.0
@@ -113,7 +117,11 @@ class Loop:
         """
         for file in self._files:
             file.rewind(self.step, keeps_evaluation=not self._owes_evaluation)
-        with self._interrupts.caught(), terminal.progress("train", self.options.num_steps) as bar:
+        with (
+            self._interrupts.caught(),
+            Passes[_Figures](self.passes_at_once) as self._passes,
+            terminal.progress("train", self.options.num_steps) as bar,
+        ):
             self._started = time.perf_counter()
             self._first_step = self.step
             self._window.read()
@@ -152,8 +160,10 @@ class Loop:
         for trainee in self.trainees:
             if trainee.balance is not None:
                 trainee.balance.start_step(self.step, self.options.num_steps)
-        for batch in batches:
-            self._backward(self.objective(self.trainees, batch), weights)
+        parameters = [p for t in self.trainees for p in t.optimizer.parameters.values()]
+        for figures in self._passes.run(batches, self._loss_of(weights), parameters):
+            for name, value, weight in figures:
+                self._means.add(name, value, weight)
         for i, trainee in enumerate(self.trainees):
             self._grad_norms[i] = self._clip(trainee)
             trainee.optimizer.step(trainee.schedule.lr(self.step))
@@ -169,21 +179,27 @@ class Loop:
         if batch.pixel_values is not None:
             self._window_tiles += len(batch.pixel_values)
 
-    def _backward(self, losses: Mapping[str, LossSum], weights: Mapping[str, float]) -> None:
-        """Add one micro-batch's share of the step's gradient, and note its figures."""
-        # Divided by the weight of the whole step: micro-batches may hold unequal numbers of
-        # targets, and a mean of means would favour the short ones.
-        shares = [loss.sum / (weights[name] or 1.0) for name, loss in losses.items()]
-        total: Tensor = torch.stack(shares).sum()
-        for name, loss in losses.items():
-            value = loss.sum.item()
-            if not math.isfinite(value):
-                raise self._not_finite(f"`{name}` of step {self.step + 1} is {value}")
-            self._means.add(name, value, loss.weight)
-            for key, metric in loss.metrics.items():
-                self._means.add(key, metric.item(), loss.weight)
-        if total.requires_grad:  # not with frozen text and a batch without pictures
-            total.backward()
+    def _loss_of(self, weights: Mapping[str, float]) -> Loss[_Figures]:
+        """What one micro-batch adds to the step's loss, and its figures."""
+        step = self.step + 1
+
+        def loss_of(batch: Batch) -> tuple[Tensor | None, _Figures]:
+            losses = self.objective(self.trainees, batch)
+            # Divided by the weight of the whole step: micro-batches may hold unequal numbers of
+            # targets, and a mean of means would favour the short ones.
+            shares = [loss.sum / (weights[name] or 1.0) for name, loss in losses.items()]
+            total = torch.stack(shares).sum()
+            figures = []
+            for name, loss in losses.items():
+                value = loss.sum.item()
+                if not math.isfinite(value):
+                    raise self._not_finite(f"`{name}` of step {step} is {value}")
+                figures.append((name, value, loss.weight))
+                figures += [(key, m.item(), loss.weight) for key, m in loss.metrics.items()]
+            # Nothing to learn with frozen text and a batch without pictures.
+            return total if total.requires_grad else None, figures
+
+        return loss_of
 
     def _clip(self, trainee: Trainee) -> float:
         """Scale the gradients down to `clip_grad`; return their norm before."""

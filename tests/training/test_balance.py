@@ -39,9 +39,9 @@ def test_sequence_loss_by_hand() -> None:
     # Scores 0.75 and 0.25: shares are the same, since they sum to one.
     logit = torch.log(torch.tensor(3.0))
     logits_BTE = torch.stack([logit, -logit]).expand(1, 4, 2).clone().requires_grad_()
-    balance.begin(torch.tensor([[True, True, True, False]]))
-    balance.record(0, logits_BTE, torch.zeros(1, 4, 1, dtype=torch.int64))
-    loss = balance.sequence_loss()
+    watch = balance.watch(torch.tensor([[True, True, True, False]]))
+    watch.record(0, logits_BTE, torch.zeros(1, 4, 1, dtype=torch.int64))
+    loss = watch.sequence_loss()
     assert loss is not None
     # 3 tokens, f = (2, 0), P = (0.75, 0.25): 3 * 1.5
     torch.testing.assert_close(loss, torch.tensor(4.5))
@@ -56,10 +56,10 @@ def test_recording_is_over_after_the_loss_is_taken() -> None:
     balance = Balance([0], 2, BalanceOptions("both"))
     balance.start_step(0, 10)
     logits, expert = torch.zeros(1, 3, 2), torch.zeros(1, 3, 1, dtype=torch.int64)
-    balance.begin(torch.ones(1, 3, dtype=torch.bool))
-    balance.record(0, logits, expert)
-    balance.sequence_loss()
-    balance.record(0, logits, expert)  # the same layer again, recomputed in the backward pass
+    watch = balance.watch(torch.ones(1, 3, dtype=torch.bool))
+    watch.record(0, logits, expert)
+    watch.sequence_loss()
+    watch.record(0, logits, expert)  # the same layer again, recomputed in the backward pass
     assert balance.counts_LE.tolist() == [[3, 0]]
 
 
@@ -71,12 +71,12 @@ def test_bias_rescues_a_collapsed_router() -> None:
     loads = []
     for _ in range(200):
         balance.start_step(0, 1000)
-        balance.begin(torch.ones(1, 2048, dtype=torch.bool))
+        watch = balance.watch(torch.ones(1, 2048, dtype=torch.bool))
         gate_MA, expert_MA = route(logits_ME, 1, balance.bias(0))
         # The gate is the score without the bias.
         assert torch.equal(gate_MA, logits_ME.gather(-1, expert_MA).sigmoid())
-        balance.record(0, logits_ME.unsqueeze(0), expert_MA.unsqueeze(0))
-        balance.sequence_loss()
+        watch.record(0, logits_ME.unsqueeze(0), expert_MA.unsqueeze(0))
+        watch.sequence_loss()
         balance.finish_step()
         loads.append(balance.load()[0])
     assert loads[0].max_over_mean > 7.9

@@ -26,11 +26,9 @@ class LanguageModel:
     def __call__(self, trainees: Sequence[Trainee], batch: Batch) -> dict[str, LossSum]:
         """Run the model over one micro-batch."""
         (trainee,) = trainees
-        model, balance = trainee.model, trainee.balance
-        weights = self.weights(batch)
-        if balance is not None:
-            balance.begin(batch.document_ids != 0)
-        h_BTD = model.hidden(batch, routing=balance)
+        model, weights = trainee.model, self.weights(batch)
+        watch = None if trainee.balance is None else trainee.balance.watch(batch.document_ids != 0)
+        h_BTD = model.hidden(batch, routing=watch)
         loss = linear_cross_entropy(
             h_BTD.flatten(0, 1),
             model.lm_head.weight,
@@ -38,8 +36,8 @@ class LanguageModel:
             batch.loss_weight.flatten(),
         )
         losses = {"loss": LossSum(loss, weights["loss"])}
-        # Taken even when unused: it also ends the recording of this forward pass.
-        balance_loss = None if balance is None else balance.sequence_loss()
+        # Taken even when unused: it also ends the watch over this forward pass.
+        balance_loss = None if watch is None else watch.sequence_loss()
         if balance_loss is not None:
             losses["balance_loss"] = LossSum(balance_loss, weights["balance_loss"])
         return losses
