@@ -4,7 +4,7 @@ in: a folder, a count, a seed; out: FOLDER/images/*.png, FOLDER/chats.jsonl, FOL
 
 A picture is one shape (five of them, eight colours, three sizes, nine places) on a plain, shaded,
 noisy or striped background. A line of chats.jsonl is a conversation about one picture: either
-every question in random order, or a description. `--pairs seen` leaves out the colour-shape
+three questions in random order, or a description. `--pairs seen` leaves out the colour-shape
 pairs of `UNSEEN`, `--pairs unseen` draws only those, `--pairs all` draws every pair.
 
 examples:
@@ -42,7 +42,7 @@ UNSEEN = (
     ("blue", "star"),
     ("orange", "cross"),
 )
-SIZES = {"small": (0.15, 0.17), "medium": (0.20, 0.22), "large": (0.26, 0.28)}  # radius / side
+SIZES = {"small": (0.18, 0.20), "medium": (0.23, 0.25), "large": (0.28, 0.30)}  # radius / side
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
 BACKGROUNDS = ("plain", "shaded", "noisy", "striped")
@@ -55,6 +55,7 @@ QUESTIONS = {
     "size": ("How big is it?", "What size is the shape?"),
     "box": ("Give its box.", "Draw a box around it.", "What is the box of the shape?"),
 }
+NUM_ASKED = 3  # questions in a conversation; the shape, the hardest to learn, is always one
 DESCRIBED = 0.5  # of the pictures; a description is short, so that more pictures are seen
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
 
@@ -187,7 +188,9 @@ def chat(rng: random.Random, scene: Scene) -> list[dict[str, str]]:
     if rng.random() < DESCRIBED:
         turns = [(rng.choice(DESCRIBE), scene.description())]
     else:
-        kinds = rng.sample(list(QUESTIONS), len(QUESTIONS))
+        others = [kind for kind in QUESTIONS if kind != "shape"]
+        kinds = ["shape", *rng.sample(others, NUM_ASKED - 1)]
+        rng.shuffle(kinds)
         turns = [(rng.choice(QUESTIONS[kind]), scene.answer(kind)) for kind in kinds]
     messages = []
     for question, answer in turns:
