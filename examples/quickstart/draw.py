@@ -42,7 +42,7 @@ UNSEEN = (
     ("blue", "star"),
     ("orange", "cross"),
 )
-SIZES = {"small": (0.18, 0.20), "medium": (0.23, 0.25), "large": (0.28, 0.30)}  # radius / side
+SIZES = {"small": (0.21, 0.22), "medium": (0.25, 0.26), "large": (0.29, 0.30)}  # radius / side
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
 BACKGROUNDS = ("plain", "shaded", "noisy", "striped")
@@ -61,7 +61,7 @@ DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see
 
 _OVERSAMPLING = 4  # the shape's mask is drawn this much larger, then averaged down
 _CELL_MARGIN = 0.02  # centres keep this far from the borders between places
-_CONTRAST = 110.0  # least distance in RGB between a shape and what is behind it
+_CONTRAST = 130.0  # least distance in RGB between a shape and what is behind it
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _mask(
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
     else:
-        turn = math.radians(rng.uniform(-12, 12))
+        turn = math.radians(rng.uniform(-5, 5))
         pen.polygon(_outline(shape, x, y, r, turn), fill=255)
     left, top, right, bottom = large.getbbox()
     box = tuple(round(100 * v / scale) for v in (left, top, right, bottom))

@@ -166,7 +166,7 @@ class Loop:
                 self._means.add(name, value, weight)
         for i, trainee in enumerate(self.trainees):
             self._grad_norms[i] = self._clip(trainee)
-            trainee.optimizer.step(trainee.schedule.lr(self.step))
+            trainee.optimizer.step(trainee.schedule.lr(self.step), self._passes.each)
             trainee.optimizer.zero_grad()
             if trainee.balance is not None:
                 trainee.balance.finish_step()

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ _NOT_HIDDEN = (
     "class_embedding",
     "feed_forward.router.weight",
 )
+
+# Calls a function with each item, in any order, perhaps several at once.
+Each = Callable[[Callable[[Any], None], Sequence[Any]], None]
+
+
+def one_by_one(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """The plain `Each`."""
+    for item in items:
+        work(item)
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,13 @@ class Optimizer:
             fused=True,
         )
 
-    def step(self, lr: float) -> None:
-        """Apply the gradients at this learning rate."""
+    def step(self, lr: float, each: Each = one_by_one) -> None:
+        """Apply the gradients at this learning rate; `each` runs what is independent."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
         if self.muon is not None:
-            self.muon.step(lr)
+            self.muon.step(lr, each)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -128,7 +138,7 @@ class Muon:
         return {f"{name}.momentum_buffer": tensor for name, tensor in self.momentum.items()}
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, each: Each = one_by_one) -> None:
         """Decay and update every parameter that has a gradient."""
         named = [(n, p) for n, p in self.parameters.items() if p.grad is not None]
         if not named:
@@ -146,10 +156,12 @@ class Muon:
             for views in zip(*(_matrices(name, t) for t in (parameter, grad, buffer)), strict=True):
                 piece = _Piece(*views)
                 pieces[parameter.device, *piece.shape].append(piece)
-        for same in pieces.values():
-            for stack in _stacks(same):
-                self._update(stack, lr)
+        each(
+            lambda stack: self._update(stack, lr),
+            [stack for same in pieces.values() for stack in _stacks(same)],
+        )
 
+    @torch.no_grad()  # once more: a thread of its own knows nothing of its caller's
     def _update(self, stack: list[_Piece], lr: float) -> None:
         rows, cols = stack[0].shape
         num_matrices = sum(len(piece.parameter) for piece in stack)

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Generic, TypeVar
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from l4cli.ops.batch import Batch
+from l4cli.training.optim import one_by_one
 
 # Measured against the threads inside torch's operations on 2 cores: see `num_at_once`.
 MAX_PARAMETERS = 2**26
@@ -69,21 +71,36 @@ class Passes(Generic[Result]):
                 yield result
             return
         waiting, running = deque(batches), deque[Future[tuple[Sequence[Tensor | None], Result]]]()
-        # MKL counts its threads for the process as a whole, the workers' number is this one's.
+        with self._threads_shared_out():
+            try:
+                while waiting or running:
+                    # No further ahead than there are workers: finished gradients take memory.
+                    while waiting and len(running) < self.num_workers:
+                        batch = waiting.popleft()
+                        running.append(self._pool.submit(_gradients, batch, loss, parameters))
+                    gradients, result = running.popleft().result()
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        _add(parameter, gradient)
+                    yield result
+            finally:
+                wait([future for future in running if not future.cancel()])  # left by an error
+
+    def each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        """Call `work` with each item, several at once."""
+        if self._pool is None:
+            one_by_one(work, items)
+            return
+        with self._threads_shared_out():
+            for _ in self._pool.map(work, items):
+                pass
+
+    @contextmanager
+    def _threads_shared_out(self) -> Iterator[None]:
+        # MKL counts its threads for the process as a whole; the workers' number is this one's.
         torch.set_num_threads(max(1, self._num_threads // self.num_workers))
         try:
-            while waiting or running:
-                # No further ahead than there are workers: finished gradients take memory.
-                while waiting and len(running) < self.num_workers:
-                    running.append(
-                        self._pool.submit(_gradients, waiting.popleft(), loss, parameters)
-                    )
-                gradients, result = running.popleft().result()
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    _add(parameter, gradient)
-                yield result
+            yield
         finally:
-            wait([future for future in running if not future.cancel()])  # left by an error
             torch.set_num_threads(self._num_threads)
 
 
