@@ -46,7 +46,7 @@ run l4 pack "$work/chats.tokens" --seq-len 512 -o "$work/shards/pictures"
 
 say "train on both at once"
 run l4 pretrain "$work/shards/train:0.12" "$work/shards/pictures:0.88" --preset nano \
-    --steps "${STEPS:-1800}" --batch-size 4 --lr 0.003 --decay-frac 0.5 --decay-shape linear --dtype bf16 \
+    --steps "${STEPS:-1500}" --batch-size 8 --lr 0.004 --decay-frac 0.5 --decay-shape linear --dtype bf16 \
     --eval-data "$work/shards/held-out" --eval-every 0 --log-every 50 --save-every 500 -o "$work/nano"
 
 say "the exam: 300 pictures it never saw, five questions each"
