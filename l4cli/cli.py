@@ -12,7 +12,8 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -73,13 +74,13 @@ class LazyGroup(TyperGroup):
             raise UsageError(f"unknown command `{name}`", why=why, fix=suggest(name, _BY_NAME))
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _pipe_may_close():  # `--help` is written while options are read
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _pipe_may_close():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            # Here, because typer's `main` turns it into exit code 1.
-            _silence_stdout()
-            raise typer.Exit(errors.CLOSED_PIPE) from None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(_help_text())
@@ -123,12 +124,26 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and turn whatever happens into an exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if (code := _check_output()) != errors.OK:
+        return code
     # `finally` blocks remove half-written files, so SIGTERM has to unwind the stack.
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(args)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _check_output() -> int:
+    """See to it that words and data have somewhere to go, and not into a file that we open."""
+    if sys.stderr is None:  # closed by the caller: `2>&-`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  it stays
+    if sys.stdout is not None:
+        return errors.OK
+    why, fix = "it is closed", "leave it open, or discard it with `> /dev/null`"
+    terminal.show_error(L4Error("cannot write to standard output", why=why, fix=fix))
+    return errors.FAILED
 
 
 def _run(args: list[str]) -> int:
@@ -161,8 +176,8 @@ def _run(args: list[str]) -> int:
 
 
 _WORLD_ERRORS = {
-    errno.ENOSPC: "free some space, or write elsewhere with `-o`",
-    errno.EDQUOT: "free some space, or write elsewhere with `-o`",
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
     errno.EFBIG: "raise the limit of file sizes: `ulimit -f unlimited`",
     errno.EEXIST: "name a path that does not exist yet",
     errno.EACCES: "check the permissions, or name another path",
@@ -178,9 +193,13 @@ _WORLD_ERRORS = {
 
 
 def _system_error(error: OSError) -> L4Error:
-    path = error.filename if isinstance(error.filename, str) else "a file"
+    path = error.filename if isinstance(error.filename, str) else None
     why = (error.strerror or str(error)).lower()
-    return L4Error(f"cannot use `{path}`", why=why, fix=_WORLD_ERRORS[error.errno or 0])
+    fix = _WORLD_ERRORS[error.errno or 0]
+    if path is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        # Writing to an open file names none: it is stdout, or on the disk of what was asked for.
+        return L4Error("cannot write all of the output", why=why, fix=fix)
+    return L4Error(f"cannot use `{path or 'a file'}`", why=why, fix=fix)
 
 
 def _usage_error(error: typer.TyperException, args: list[str]) -> UsageError:
@@ -199,6 +218,16 @@ def _usage_error(error: typer.TyperException, args: list[str]) -> UsageError:
     return UsageError(what, why=why, fix=fix)
 
 
+@contextmanager
+def _pipe_may_close() -> Iterator[None]:
+    """Here, because typer's `main` turns a closed pipe into exit code 1."""
+    try:
+        yield
+    except BrokenPipeError:
+        _silence_stdout()
+        raise typer.Exit(errors.CLOSED_PIPE) from None
+
+
 def _silence_stdout() -> None:
     """Keep the interpreter from complaining when it flushes a pipe nobody reads."""
     devnull = os.open(os.devnull, os.O_WRONLY)
@@ -209,7 +238,12 @@ def _report_bug(error: BaseException) -> int:
     if os.environ.get("L4_DEBUG"):
         traceback.print_exception(error)
     with tempfile.NamedTemporaryFile(
-        "w", prefix="l4-bug-", suffix=".txt", delete=False, encoding="utf-8"
+        "w",
+        prefix="l4-bug-",
+        suffix=".txt",
+        delete=False,
+        encoding="utf-8",
+        errors="backslashreplace",  # a file name need not be UTF-8
     ) as file:
         file.write("l4 " + " ".join(sys.argv[1:]) + "\n\n")
         traceback.print_exception(error, file=file)

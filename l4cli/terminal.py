@@ -6,7 +6,6 @@ in: results, events and progress; out: text, or JSON lines under `--json`
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,16 +27,14 @@ class Settings:
 
     json: bool = False
     quiet: bool = False
-    rank: int = 0
 
 
 _settings = Settings()
 
 
 def configure(*, json: bool = False, quiet: bool = False) -> None:
-    """Set how to talk; only the first rank of a distributed run talks at all."""
+    """Set how to talk."""
     _settings.json, _settings.quiet = json, quiet
-    _settings.rank = int(os.environ.get("RANK", "0"))
 
 
 def wants_json() -> bool:
@@ -47,7 +44,7 @@ def wants_json() -> bool:
 
 def is_quiet() -> bool:
     """Whether text for people is held back (errors are not)."""
-    return _settings.quiet or _settings.rank != 0
+    return _settings.quiet
 
 
 def console() -> Console:
@@ -65,14 +62,13 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Tell people something they should act on; `--quiet` does not hide it."""
-    if _settings.rank == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def result(text: str) -> None:
     """Write data for people or pipes to stdout; nothing under `--json`, where events speak."""
-    if not _settings.json and _settings.rank == 0:
-        print(text, flush=True)
+    if not _settings.json:
+        print(_encodable(text), flush=True)
 
 
 def stream(text: str) -> None:
@@ -80,14 +76,17 @@ def stream(text: str) -> None:
 
     On a terminal control characters are shown, not obeyed: models must not steer it.
     """
-    if _settings.json or _settings.rank != 0:
+    if _settings.json:
         return
     if sys.stdout.isatty():
         text = "".join(c if c.isprintable() or c in "\n\t" else _spelled(c) for c in text)
+    print(_encodable(text), end="", flush=True)
+
+
+def _encodable(text: str) -> str:
+    """The text with what the locale of stdout cannot write replaced, rather than an error."""
     encoding = sys.stdout.encoding or "utf-8"
-    # An old locale loses characters; the answer goes on.
-    text = text.encode(encoding, errors="replace").decode(encoding)
-    print(text, end="", flush=True)
+    return text.encode(encoding, errors="replace").decode(encoding)
 
 
 def _spelled(character: str) -> str:
@@ -97,7 +96,7 @@ def _spelled(character: str) -> str:
 
 def emit(event: Mapping[str, Any]) -> None:
     """Write one JSON line to stdout, under `--json` only."""
-    if _settings.json and _settings.rank == 0:
+    if _settings.json:
         print(json.dumps(event, allow_nan=False), flush=True)
 
 
@@ -115,9 +114,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 def show_error(error: L4Error) -> None:
     """Print the three lines of an error."""
-    if _settings.rank == 0:
-        lines = f"error: {error.what}\nwhy: {error.why}\nfix: {error.fix}"
-        print(lines, file=sys.stderr, flush=True)
+    lines = f"error: {error.what}\nwhy: {error.why}\nfix: {error.fix}"
+    print(lines, file=sys.stderr, flush=True)
 
 
 class Progress(Protocol):

@@ -5,7 +5,7 @@ in: models, tokenizer files, training state; out: folders that are whole or not 
 
 from l4cli.checkpoint.headers import read_header
 from l4cli.checkpoint.manifest import Problem, verify_manifest, write_manifest
-from l4cli.checkpoint.reader import load_config, load_model, load_weights
+from l4cli.checkpoint.reader import load_config, load_model, load_weights, require_weights_fit
 from l4cli.checkpoint.run_folder import RunFolder
 from l4cli.checkpoint.stored import StoredWeights, open_weights, resolve_checkpoint
 from l4cli.checkpoint.summary import describe_checkpoint, describe_run, describe_weights_file
@@ -30,6 +30,7 @@ __all__ = [
     "open_weights",
     "read_header",
     "read_state_json",
+    "require_weights_fit",
     "resolve_checkpoint",
     "save_model",
     "save_training_state",

@@ -102,7 +102,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
             raise KeyError("size")
     except FileNotFoundError as error:
         why = f"it has no `{MANIFEST}`: nobody recorded what its files should be"
-        raise L4Error(what, why=why, fix="verify a folder that `l4` wrote") from error
+        raise L4Error(what, why=why, fix="use another checkpoint, or restore the file") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"`{MANIFEST}` is damaged: {error}"
         raise L4Error(what, why=why, fix="use another checkpoint") from error

@@ -90,6 +90,13 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
+def require_weights_fit(config: Llama4Config, path: Path | str) -> None:
+    """Refuse a checkpoint that a model of this shape cannot take; reads headers only."""
+    stored = open_weights(resolve_checkpoint(path))
+    shapes = {name: tuple(p.shape) for name, p in build_model(config, "meta").named_parameters()}
+    _check(stored, match(stored.tensors, shapes))
+
+
 @torch.no_grad()
 def load_weights(
     model: nn.Module,

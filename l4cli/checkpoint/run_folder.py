@@ -50,6 +50,11 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             what, why = f"cannot write to `{self.path}`", "it is a file, and a run needs a folder"
             raise L4Error(what, why=why, fix="choose another folder with `-o`")
+        link = self.path / LATEST
+        if link.exists() and not link.is_symlink():
+            why = f"`{link}` is not a link to a checkpoint, and a run needs that name"
+            what, fix = f"cannot write to `{self.path}`", "rename it, or choose another folder"
+            raise L4Error(what, why=why, fix=fix)
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:

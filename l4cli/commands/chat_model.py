@@ -173,11 +173,14 @@ def _geometry(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> Pictu
     """How pictures are cut for this model."""
     if config.vision is None:
         return None
-    files = {
-        name: (folder / name).read_text(encoding="utf-8")
-        for name in PROCESSOR_FILES
-        if (folder / name).is_file()
-    }
+    try:
+        present = [name for name in PROCESSOR_FILES if (folder / name).is_file()]
+        files = {name: (folder / name).read_text(encoding="utf-8") for name in present}
+    except ValueError as error:
+        why, fix = "it is not UTF-8 text", "restore the folder's processor files"
+        raise L4Error(
+            f"cannot read the processor config in `{folder}`", why=why, fix=fix
+        ) from error
     names = ("image_size", "patch_size", "pixel_shuffle_ratio")
     tower = {name: getattr(config.vision, name) for name in names}
     geometry = PictureGeometry.from_processor_files(files) or PictureGeometry(**tower)
@@ -210,8 +213,14 @@ def _generation(folder: Path, config: Llama4Config) -> dict[str, Any]:
         numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
         for name in numbers:
             value = found.get(name)
-            if isinstance(value, bool) or not isinstance(value, int | float | None):
-                raise L4Error(what, why=f"`{name}` is {value!r}, not a number", fix=fix)
+            kinds = int | None if name in ("top_k", "max_new_tokens") else int | float | None
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                wanted = "a number" if kinds == int | float | None else "a whole number"
+                raise L4Error(what, why=f"`{name}` is {value!r}, not {wanted}", fix=fix)
+        stop = found.get("eos_token_id")
+        ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise L4Error(what, why=f"`eos_token_id` is {stop!r}, not token ids", fix=fix)
     found.setdefault("eos_token_id", config.text.eos_token_id)
     return found
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+from l4cli.errors import UsageError
+
+LENGTHS = {"": 1, "k": 1 << 10, "m": 1 << 20}  # of rows and contexts
+COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}  # of tokens
 
 
 class Device(StrEnum):
@@ -18,5 +24,20 @@ class Device(StrEnum):
 
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="only errors and warnings on stderr")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="seed of everything random")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="seed of everything random")
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="where to compute")]
+
+
+def parse_number(text: str, option: str, example: str, units: dict[str, int]) -> int:
+    """Read `1024` or `4k`: k is 1024 in lengths and 1000 in counts of tokens."""
+    match = re.fullmatch(r"(\d{1,15})([a-zA-Z]?)", text)
+    if match and match[2] in units and int(match[1]) > 0:
+        return int(match[1]) * units[match[2]]
+    known = ", ".join(f"`{unit}`" for unit in units if unit)
+    raise UsageError(
+        f"cannot use `{option} {text}`",
+        why=f"it is not a whole number above 0, perhaps with {known}",
+        fix=f"write `{option} {example}`",
+    )

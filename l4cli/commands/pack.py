@@ -12,7 +12,6 @@ examples:
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -22,15 +21,13 @@ from typing import Annotated, Any
 import typer
 
 from l4cli import terminal
-from l4cli.commands.options import Json, Quiet, Seed
+from l4cli.commands.options import COUNTS, LENGTHS, Json, Quiet, Seed, parse_number
 from l4cli.errors import UsageError
 
 STDIN = "-"
 MAX_SEQ_LEN = 1 << 24
 WINDOW_TOKENS = 1 << 21
 WINDOW_ROWS = 16  # long rows need a larger window to find fitting pieces
-_LENGTHS = {"": 1, "k": 1 << 10, "m": 1 << 20}
-_COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}
 
 
 def pack(
@@ -67,10 +64,10 @@ def pack(
     quiet: Quiet = False,
 ) -> None:
     terminal.configure(json=json, quiet=quiet)
-    row_tokens = _number(seq_len, "--seq-len", "4k", _LENGTHS)
+    row_tokens = parse_number(seq_len, "--seq-len", "4k", LENGTHS)
     window_tokens = max(WINDOW_TOKENS, WINDOW_ROWS * row_tokens)
     if window is not None:
-        window_tokens = _number(window, "--window", "4M", _COUNTS)
+        window_tokens = parse_number(window, "--window", "4M", COUNTS)
     _check(row_tokens, window_tokens)
     names = _stream_names(streams)
     method = "concat" if concat else "best-fit"
@@ -107,19 +104,6 @@ def _check(row_tokens: int, window_tokens: int) -> None:
             why=f"it is smaller than one row of {row_tokens}",
             fix=f"write `--window {row_tokens * WINDOW_ROWS}` or leave it out",
         )
-
-
-def _number(text: str, option: str, example: str, units: dict[str, int]) -> int:
-    """Read `1024` or `4k`: k is 1024 in lengths and 1000 in counts of tokens."""
-    match = re.fullmatch(r"(\d{1,15})([a-zA-Z]?)", text)
-    if match and match[2] in units and int(match[1]) > 0:
-        return int(match[1]) * units[match[2]]
-    known = ", ".join(f"`{unit}`" for unit in units if unit)
-    raise UsageError(
-        f"cannot use `{option} {text}`",
-        why=f"it is not a whole number above 0, perhaps with {known}",
-        fix=f"write `{option} {example}`",
-    )
 
 
 def _stream_names(streams: Sequence[str] | None) -> list[str]:

@@ -23,7 +23,7 @@ import typer
 from l4cli import terminal
 from l4cli.commands import training_options as train
 from l4cli.commands import training_report as report
-from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
+from l4cli.commands.options import LENGTHS, Device, DeviceOption, Json, Quiet, Seed, parse_number
 from l4cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Request:
     steps: int | None
     tokens: str | None
     epochs: float | None
-    seq_len: int | None
+    seq_len: str | None
     batch_size: int
     micro_batch_size: int | None
     lr: float | None
@@ -189,6 +189,7 @@ class Request:
 
     def check(self) -> None:
         """Refuse what needs no look at any file."""
+        train.require_one_rank()
         shapes = {"--preset": self.preset, "--config": self.config, "--init-from": self.init_from}
         given = [f"`{name}`" for name, value in shapes.items() if value is not None]
         if len(given) > 1:
@@ -223,23 +224,32 @@ def prepare(request: Request) -> Prepared:
     if request.freeze and config.vision is None:
         why = "the model has no vision, so nothing of it would be left to train apart"
         raise UsageError(f"cannot use `--freeze {request.freeze}`", why=why, fix="leave it out")
+    length = request.seq_len
     source = data_setup.open_source(
         request.shards,
-        seq_len=request.seq_len,
+        seq_len=None if length is None else parse_number(length, "--seq-len", "4k", LENGTHS),
         batch_size=request.batch_size,
         micro_batch_size=request.micro_batch_size,
         seed=request.seed,
         attention_chunk_size=config.text.attention_chunk_size,
         passes_at_once=num_at_once(count_parameters(config).total, device, num_threads()),
     )
+    if request.freeze is Freeze.text and not source.num_media:
+        why = "the shards hold no pictures, so nothing would learn"
+        raise UsageError("cannot use `--freeze text`", why=why, fix="leave it out")
     if request.init_from is not None:
         model_setup.require_same_tokenizer(request.init_from, source.tokenizer())
     name = request.model_name
     grows = name in model_setup.GROWING_PRESETS and not request.sets_vocab_size
     config = model_setup.fit_vocabulary(config, source.tokenizer(), name=name, grows=grows)
-    data_setup.require_geometry(config, source)
+    data_setup.require_geometry(config, source.datasets)
+    data_setup.require_context(config, *source.datasets)
+    if request.init_from is not None:
+        model_setup.require_weights(request.init_from, config, changed=request.set_ or [])
     plan = _plan(request, config, source, device)
-    held_out = data_setup.open_held_out(request.eval_data, source) if request.eval_data else None
+    held_out = None
+    if request.eval_data is not None:
+        held_out = data_setup.open_held_out(request.eval_data, source, config)
     num_steps = request.length.num_steps(source.num_rows, source.batch_size, source.seq_len)
     schedule = request.rate.for_steps(num_steps, config.text.hidden_size)
     return Prepared(source, held_out, config, schedule, plan, device)

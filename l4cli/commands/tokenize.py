@@ -90,7 +90,7 @@ def _input_names(inputs: list[str] | None) -> list[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError(
             "nothing to tokenize",
-            why="no file is named, and stdin is a terminal",
+            why="no file is named, and nothing is piped in",
             fix="name files or folders, or pipe text in: `cat book.txt | l4 tokenize`",
         )
     return [STDIN]
@@ -274,7 +274,9 @@ class _Job:
         """Say what was written and what was left out."""
         for reason, error in self.report.first.items():
             count = self.report.bad[reason]
-            terminal.warn(f"left out bad documents: {count}, {reason}; {error.what}: {error.why}")
+            terminal.warn(
+                f"left out bad documents: {count}, {reason}; first {error.what}: {error.why}"
+            )
         for reason, count in self.inputs.skipped.items():
             if count:
                 terminal.say(f"left out {reason}: {count}")

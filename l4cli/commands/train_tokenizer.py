@@ -85,7 +85,7 @@ def _input_names(inputs: list[str] | None) -> list[str]:
     if not inputs and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(
             "nothing to learn from",
-            why="no file is named, and stdin is a terminal",
+            why="no file is named, and nothing is piped in",
             fix="name files or folders: `l4 train-tokenizer docs/ -o tok/`",
         )
     if names.count(STDIN) > 1:

@@ -6,6 +6,7 @@ in: words on the command line; out: checked options, numbers of steps, a schedul
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -56,7 +57,8 @@ Epochs = Annotated[
     float | None, typer.Option("--epochs", help="passes over the rows; 1 if nothing is said")
 ]
 SeqLen = Annotated[
-    int | None, typer.Option("--seq-len", min=2, help="must be that of the shards; a check")
+    str | None,
+    typer.Option("--seq-len", metavar="N", help="must be that of the shards, as in `4k`; a check"),
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="sequences per optimizer step, all ranks")
@@ -106,6 +108,7 @@ Set = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="refuse to continue a run in the folder")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show what it would take, do nothing")]
 
+MAX_EPOCHS = 10**6
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -135,8 +138,8 @@ class Length:
             raise UsageError(" and ".join(given) + " given", why=why, fix="give one of them")
         if self.tokens is not None:
             parse_count(self.tokens, "--tokens")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            why = "it is not a number above 0"
+        if self.epochs is not None and not 0 < self.epochs <= MAX_EPOCHS:
+            why = f"it is not a number above 0 and at most {MAX_EPOCHS}"
             raise UsageError(f"cannot use `--epochs {self.epochs}`", why=why, fix="`--epochs 1`")
 
     def num_steps(self, num_rows: int, batch_size: int, seq_len: int) -> int:
@@ -182,6 +185,17 @@ class LearningRate:
             warmup,
             self.decay_frac,
             self.decay_shape.value,
+        )
+
+
+def require_one_rank() -> None:
+    """Refuse to be one of several processes: each would train, and write, all of it."""
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    if num_ranks != "1":
+        raise UsageError(
+            "cannot train on several ranks",
+            why=f"`WORLD_SIZE` is {num_ranks}, and one process is all that training uses yet",
+            fix="run it without torchrun, or with `--nproc-per-node 1`",
         )
 
 

@@ -80,7 +80,7 @@ class Inputs:
             for path in _matches(name):
                 if path.is_dir():
                     yield from self._folder(path, skipped)
-                else:
+                elif str(path) == name or not self._is_own_output(path):
                     yield self._file(path, was_named=True)
 
     def _folder(self, folder: Path, skipped: Counter[str]) -> Iterator[Source]:
@@ -110,7 +110,14 @@ class Inputs:
             return None  # reading it will say what is wrong
         if not stat.S_ISREG(status.st_mode):
             return "special files"
-        return "" if (status.st_dev, status.st_ino) in self.exclude else None
+        return "" if self._is_own_output(path) else None
+
+    def _is_own_output(self, path: Path) -> bool:
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) in self.exclude
 
     def _file(self, path: Path, was_named: bool) -> Source:
         suffix = path.suffix.lower()

@@ -32,7 +32,7 @@ class StagedFolder:
         self._check()
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            self._take_lock()
             self._check()  # another writer may have finished in between
             if self.path.exists():
                 shutil.rmtree(self.path)
@@ -87,7 +87,7 @@ class StagedFolder:
             why = "it is the current folder or a mount point, which nothing can replace"
             raise L4Error(what, why=why, fix="name a new folder in it with `-o`")
 
-    def _take_lock(self) -> int:
+    def _take_lock(self) -> None:
         while True:
             lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -102,9 +102,10 @@ class StagedFolder:
                 ) from None
             # The owner before us may have removed the file between our open and our lock.
             if _is_same(lock, self._lock_path):
+                self._lock = lock  # from here on `_drop_lock` clears it away
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-                return lock
+                return
             os.close(lock)
 
     def _drop_lock(self) -> None:

@@ -12,6 +12,8 @@ import stat
 import sys
 from typing import Any, BinaryIO, cast
 
+from l4cli.errors import L4Error
+
 _WAKE_S = 0.5
 _PIPE_BYTES = 1 << 20
 
@@ -39,7 +41,10 @@ class _Pipe(io.RawIOBase):
 
 
 def standard_input() -> BinaryIO:
-    """Give stdin's bytes."""
+    """Give stdin's bytes. raises: L4Error when it is closed"""
+    if sys.stdin is None:
+        why, fix = "it is closed", "name a file, or pipe something in"
+        raise L4Error("cannot read standard input", why=why, fix=fix)
     try:
         descriptor = sys.stdin.fileno()
         is_pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode) and os.name == "posix"

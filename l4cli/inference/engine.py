@@ -110,7 +110,8 @@ class Engine:
                 "the context is too long",
                 why=f"{num_tokens} tokens are needed, the model has room for {self.max_context}"
                 " (`max_position_embeddings`)",
-                fix="shorten the prompt, give fewer pictures, or ask for fewer new tokens",
+                fix="shorten the prompt, give fewer pictures, ask for fewer new tokens, "
+                "or begin anew (`/reset`)",
             )
 
     @torch.inference_mode()

@@ -81,7 +81,8 @@ def shape_logits(logits_V: Tensor, is_seen_V: Tensor | None, options: SamplingOp
         logits_V = penalize_repetition(logits_V, is_seen_V, options.repetition_penalty)
     if options.temperature == 0:
         return logits_V
-    logits_V = logits_V / options.temperature
+    # Less the largest, so that a tiny temperature gives -inf and not inf, of which no softmax is.
+    logits_V = (logits_V - logits_V.max()) / options.temperature
     if options.top_k:
         logits_V = keep_top_k(logits_V, options.top_k)
     if options.top_p < 1:

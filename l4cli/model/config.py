@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
@@ -244,6 +245,10 @@ def _check_text(text: TextConfig) -> None:
     for name in [*sizes.split(), "no_rope_layer_interval"]:
         value = getattr(text, name)
         _require(isinstance(value, int) and value > 0, f"`{name}` is {value!r}, not above 0")
+    for name in ("rope_theta", "rms_norm_eps", "floor_scale"):
+        value = getattr(text, name)
+        _require(0 < value < math.inf, f"`{name}` is {value}, not a number above 0")
+    _require(math.isfinite(text.attn_scale), f"`attn_scale` is {text.attn_scale}")
     chunk = text.attention_chunk_size
     _require(chunk is None or chunk > 0, f"`attention_chunk_size` is {chunk!r}")
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
@@ -275,6 +280,18 @@ def _check_rope_scaling(scaling: dict[str, Any]) -> None:
 
 
 def _check_vision(vision: VisionConfig) -> None:
+    sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size"
+    sizes += " patch_size vision_output_dim projector_input_dim projector_output_dim"
+    for name in sizes.split():
+        value = getattr(vision, name)
+        why = f"vision `{name}` is {value!r}, not above 0"
+        _require(isinstance(value, int) and value > 0, why)
+    _require(vision.num_channels == 3, f"`num_channels` is {vision.num_channels}, pictures have 3")
+    ratio = vision.pixel_shuffle_ratio
+    _require(0 < ratio <= 1, f"`pixel_shuffle_ratio` is {ratio}, not above 0 and at most 1")
+    for name in ("norm_eps", "rope_theta"):
+        value = getattr(vision, name)
+        _require(0 < value < math.inf, f"vision `{name}` is {value}, not a number above 0")
     grid, rest = divmod(vision.image_size, vision.patch_size)
     why = f"`image_size` {vision.image_size} is no multiple of `patch_size` {vision.patch_size}"
     _require(rest == 0, why)

@@ -118,12 +118,12 @@ def choose_backend(vocabulary: RankedVocabulary, forced: str | None) -> tuple[Ba
         return BytesBackend(vocabulary), "every token is one byte"
     problem = _tiktoken_problem()
     if forced == "tiktoken" and problem is not None:
-        fix = "install it with `pip install -U 'l4[fast]'`, or use `tokenizers`"
+        fix = "install it with `pip install -U tiktoken`, or use `tokenizers`"
         raise L4Error("cannot encode with `tiktoken`", why=problem, fix=fix)
     if forced in (None, "tiktoken") and problem is None:
         return TiktokenBackend(vocabulary), "the vocabulary is defined by ranks"
     assert forced in (None, "tokenizers"), forced
-    why = f"{problem} (`pip install -U 'l4[fast]'`)" if forced is None else "asked for"
+    why = f"{problem} (`pip install -U tiktoken`)" if forced is None else "asked for"
     return TokenizersBackend(library_tokenizer(vocabulary)), why
 
 

@@ -103,7 +103,8 @@ class Balance:
     def start_step(self, step: int, num_steps: int) -> None:
         """Forget the counts, and take the bias that this step is to use."""
         self.counts_LE.zero_()
-        self._scale = bias_scale(step, num_steps)
+        # Never up again: a run that is made longer would jump back to the whole bias at once.
+        self._scale = min(self._scale, bias_scale(step, num_steps))
         self._used_LE = self.bias_LE * self._scale
 
     def finish_step(self) -> None:
@@ -127,11 +128,12 @@ class Balance:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The stored biases; they live in `l4/` only, never among the weights."""
-        return {"bias": self.bias_LE}
+        return {"bias": self.bias_LE, "scale": torch.tensor([self._scale], dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what `state_dict` gave."""
         self.bias_LE.copy_(state["bias"])
+        self._scale = float(state["scale"])
 
 
 class Watch:

@@ -49,48 +49,62 @@ def default_micro_batch_size(batch_size: int, seq_len: int) -> int:
     return max(n for n in range(1, min(most, batch_size) + 1) if batch_size % n == 0)
 
 
-def open_held_out(folder: Path, source: ShardSource) -> ShardSet:
-    """Open evaluation data, which has to speak the training data's tokens."""
+def open_held_out(folder: Path, source: ShardSource, config: Llama4Config) -> ShardSet:
+    """Open evaluation data, which has to speak the training data's tokens and fit the model."""
     shards = ShardSet.open(folder)
-    what = f"cannot evaluate on `{folder}`"
     if shards.fingerprint != source.fingerprint:
-        why = "it was tokenized with another tokenizer than the training data"
-        raise UsageError(what, why=why, fix="tokenize both with the same `--tokenizer`")
-    if shards.num_media and shards.geometry != source.geometry:
-        why = f"its pictures are {shards.geometry.describe()}"
-        raise UsageError(what, why=why, fix="tokenize both with the same `--preset`")
+        raise UsageError(
+            f"cannot evaluate on `{folder}`",
+            why="it was tokenized with another tokenizer than the training data",
+            fix="tokenize both with the same `--tokenizer`",
+        )
+    require_geometry(config, [shards])
     return shards
 
 
-def require_geometry(config: Llama4Config, source: ShardSource) -> None:
+def require_context(config: Llama4Config, *datasets: ShardSet) -> None:
+    """Refuse rows longer than what the model says it can read."""
+    longest, most = max(d.seq_len for d in datasets), config.text.max_position_embeddings
+    if longest > most:
+        raise UsageError(
+            f"rows of {longest} tokens are too long for the model",
+            why=f"its `max_position_embeddings` is {most}",
+            fix=f"pack with `l4 pack --seq-len {most}`, or train a longer model with "
+            f"`--set max_position_embeddings={longest}`",
+        )
+
+
+def require_geometry(config: Llama4Config, datasets: Sequence[ShardSet]) -> None:
     """Refuse shards with pictures that the model's vision would cut in another way."""
-    with_pictures = [shards for shards in source.datasets if shards.num_media]
-    if not with_pictures:
-        return
-    folder = with_pictures[0].folder
+    for shards in datasets:
+        if shards.num_media:
+            _require_geometry_of(config, shards)
+
+
+def _require_geometry_of(config: Llama4Config, shards: ShardSet) -> None:
     if config.vision is None:
         raise UsageError(
-            f"the model has no vision and `{folder}` holds pictures",
+            f"the model has no vision and `{shards.folder}` holds pictures",
             why="`vision_config` is null",
             fix="leave `vision_config` in, or tokenize without pictures",
         )
     names = ("image_size", "patch_size", "pixel_shuffle_ratio")
-    pairs = [(n, getattr(source.geometry, n), getattr(config.vision, n)) for n in names]
+    pairs = [(n, getattr(shards.geometry, n), getattr(config.vision, n)) for n in names]
     differing = [
         f"`{n}` is {theirs:g}, the model's {ours:g}" for n, theirs, ours in pairs if theirs != ours
     ]
     if differing:
         raise UsageError(
-            f"the pictures in `{folder}` do not fit the model",
+            f"the pictures in `{shards.folder}` do not fit the model",
             why="; ".join(differing),
             fix="tokenize again with `l4 tokenize --preset NAME`, naming the preset to be trained",
         )
 
 
 def identity(source: ShardSource) -> list[str]:
-    """What data a run is made of: names for people, hashes for certainty, weights."""
+    """What data a run is made of, wherever it lies: hashes and weights."""
     weights = source.state_dict()["weights"]
     return [
-        f"{shards.folder.resolve().name} ({shards.digest[:12]}) x {weight}"
+        f"shards {shards.digest[:12]} x {weight}"
         for shards, weight in zip(source.datasets, weights, strict=True)
     ]

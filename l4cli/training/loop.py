@@ -132,9 +132,13 @@ class Loop:
                     self._saved_step = None
             while self.step < self.options.num_steps and self._interrupts.signal is None:
                 self._train_step()
-                self._report(bar)
-                if self._is_due(self.options.eval_every):
-                    self._evaluate()
+                try:
+                    self._report(bar)
+                    if self._is_due(self.options.eval_every):
+                        self._evaluate()
+                except BrokenPipeError:  # nobody reads our lines; what was trained is kept
+                    self._save()
+                    raise
                 if self._is_due(self.options.save_every):
                     self._save()
             if self._saved_step != self.step:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l4cli.checkpoint import load_config, resolve_checkpoint
+from l4cli.checkpoint import load_config, require_weights_fit, resolve_checkpoint
 from l4cli.errors import L4Error, UsageError, suggest
 from l4cli.model import Llama4Config, TextConfig, VisionConfig, load_preset
 from l4cli.text import Tokenizer, load_tokenizer
@@ -36,6 +36,15 @@ def base_config(preset: str | None, file: Path | None, init_from: Path | None) -
     return load_preset(preset or "nano")
 
 
+# What a run decides itself, and why.
+_NOT_SET = {
+    "initializer_range": "the first weights are scaled by the width of each map",
+    "bos_token_id": "it is the shards' tokenizer's",
+    "eos_token_id": "it is the shards' tokenizer's",
+    "pad_token_id": "it is the shards' tokenizer's",
+}
+
+
 def apply_overrides(config: Llama4Config, words: Sequence[str]) -> Llama4Config:
     """Apply `--set key=value` words. raises: UsageError naming the word and what would fit"""
     text, vision = dataclasses.replace(config.text), config.vision
@@ -49,6 +58,8 @@ def apply_overrides(config: Llama4Config, words: Sequence[str]) -> Llama4Config:
             vision = None
             continue
         section, name = _find_key(key, vision is not None)
+        if name in _NOT_SET:
+            raise UsageError(f"cannot set `{key}`", why=_NOT_SET[name], fix="leave it out")
         target = text if section == "text_config" else vision
         setattr(target, name, _typed(word, _SECTIONS[section], name, value))
     try:
@@ -154,13 +165,25 @@ def fit_vocabulary(
 
 def require_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
     """Refuse shards whose token ids mean something else to the weights of a checkpoint."""
-    theirs = load_tokenizer(resolve_checkpoint(checkpoint))
+    folder = resolve_checkpoint(checkpoint)
+    theirs = load_tokenizer(folder)
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UsageError(
             f"the shards do not fit `{checkpoint}`",
             why="they were tokenized with another tokenizer than the checkpoint was trained with",
-            fix=f"tokenize with `--tokenizer {checkpoint}`",
+            fix=f"tokenize with `--tokenizer {folder}`",
         )
+
+
+def require_weights(checkpoint: Path, config: Llama4Config, changed: Sequence[str]) -> None:
+    """Refuse to start from a checkpoint that `--set` has made the model too different from."""
+    try:
+        require_weights_fit(config, checkpoint)
+    except L4Error as error:
+        if not changed:
+            raise
+        words = " ".join(f"--set {word}" for word in changed)
+        raise UsageError(error.what, why=error.why, fix=f"leave out `{words}`") from error
 
 
 def identity(config: Llama4Config) -> dict[str, Any]:

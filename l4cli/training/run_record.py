@@ -61,7 +61,9 @@ def write_record(
         lines += ["", f"[{title}]"]
         lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
     temporary = folder / f".{FILE}.tmp"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines) + "\n"
+    # The bytes of a file name need not be UTF-8.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     temporary.replace(folder / FILE)
 
 

@@ -363,6 +363,12 @@ def test_pictures_of_another_geometry_are_refused(
         (["--micro-batch-size", "3"], "does not divide"),
         (["--freeze", "vision"], "no vision"),
         (["--balance", "maybe"], "maybe"),
+        (["--seq-len", "4x"], "cannot use `--seq-len 4x`"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--epochs", "1e300"], "cannot use `--epochs 1e+300`"),
+        (["--set", "max_position_embeddings=32"], "rows of 64 tokens are too long"),
+        (["--set", "initializer_range=0.5"], "cannot set `initializer_range`"),
+        (["--set", "rope_theta=0"], "`rope_theta` is 0"),
         (["--optim", "sgd"], "sgd"),
     ],
 )
@@ -376,6 +382,91 @@ def test_wrong_usage(
     assert _train(data, tmp_path / "run", *options) == 2
     assert words in _error(capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("patch_size=0", "`patch_size` is 0"),
+        ("pixel_shuffle_ratio=0", "`pixel_shuffle_ratio` is 0"),
+        ("vision_config.num_attention_heads=0", "`num_attention_heads` is 0"),
+        ("vision_config.num_hidden_layers=-1", "`num_hidden_layers` is -1"),
+        ("num_channels=1", "`num_channels` is 1"),
+    ],
+)
+def test_impossible_vision_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, said: str
+) -> None:
+    options = [str(data / "pictures"), "--preset", "nano", "--set", word, "-o", str(tmp_path / "r")]
+    assert main(["pretrain", *options]) == 2
+    assert said in _error(capsys)
+    assert not (tmp_path / "r").exists()
+
+
+def test_several_ranks_are_refused(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert _train(data, tmp_path / "run") == 2
+    assert "cannot train on several ranks" in _error(capsys)
+    assert not (tmp_path / "run").exists()
+    # Whoever starts us may set these for every program; only training is of several ranks.
+    assert main(["info", "preset:nano"]) == 0
+    assert "num_hidden_layers" in capsys.readouterr().out
+
+
+def test_held_out_pictures_are_checked_against_the_model(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = tmp_path / "wide"
+    stream = tmp_path / "wide.tokens"
+    rows = str(data / "pictures.jsonl")
+    assert main(["tokenize", rows, "-o", str(stream), "-q", "--preset", "mini"]) == 0
+    assert main(["pack", str(stream), "--seq-len", "64", "-o", str(wide), "-q"]) == 0
+    nano = [str(data / "text"), "--preset", "nano", "--steps", "1", "--batch-size", "2", "-q"]
+    capsys.readouterr()
+    bad = ["pretrain", *nano, "--eval-data", str(wide), "-o", str(tmp_path / "bad")]
+    assert main(bad) == 2
+    assert "do not fit the model" in _error(capsys)
+    assert not (tmp_path / "bad").exists()
+    # Training on text alone says nothing about pictures; the model does.
+    good = ["--eval-data", str(data / "pictures"), "-o", str(tmp_path / "good")]
+    assert main(["pretrain", *nano, *good]) == 0
+
+
+def test_starting_from_weights_of_another_shape_is_refused_first(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(data, tmp_path / "first", "--steps", "1", "-q") == 0
+    capsys.readouterr()
+    options = [str(data / "text"), "--init-from", str(tmp_path / "first")]
+    options += ["--set", "hidden_size=64", "-o", str(tmp_path / "second")]
+    assert main(["pretrain", *options]) == 2
+    assert "leave out `--set hidden_size=64`" in _error(capsys)
+    assert not (tmp_path / "second").exists()
+
+
+def test_moved_shards_and_a_name_that_is_no_utf8_continue(data: Path, tmp_path: Path) -> None:
+    moved = tmp_path / os.fsdecode(b"caf\xe9")
+    assert _train(data, tmp_path / "run", "--steps", "1", "-q") == 0
+    shutil.copytree(data / "text", moved)
+    words = _options(data, tmp_path / "run", "--steps", "2", "-q")
+    assert main(["pretrain", str(moved), *words[1:]]) == 0
+    assert (tmp_path / "run" / "step-000002").is_dir()
+
+
+def test_lines_nobody_reads_end_with_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = _start([*_options(data, out, "--steps", "400", "--json"), "--save-every", "0"])
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert (out / "latest" / "model.safetensors").is_file()
 
 
 def test_wrong_files(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,16 @@ def test_bias_is_gone_before_the_last_step() -> None:
     assert torch.equal(balance.bias_LE, before)
 
 
+def test_a_longer_run_does_not_bring_the_bias_back() -> None:
+    balance = Balance([0], 4, BalanceOptions("both"))
+    balance.bias_LE += 1.0
+    balance.start_step(39, 40)
+    again = Balance([0], 4, BalanceOptions("both"))
+    again.load_state_dict(balance.state_dict())
+    again.start_step(40, 80)
+    assert again.bias(0) is None
+
+
 def test_sequence_loss_by_hand() -> None:
     balance = Balance([0], 2, BalanceOptions("loss", loss_scale=1.0))
     balance.start_step(0, 10)
