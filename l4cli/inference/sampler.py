@@ -81,8 +81,10 @@ def shape_logits(logits_V: Tensor, is_seen_V: Tensor | None, options: SamplingOp
         logits_V = penalize_repetition(logits_V, is_seen_V, options.repetition_penalty)
     if options.temperature == 0:
         return logits_V
-    # Less the largest, so that a tiny temperature gives -inf and not inf, of which no softmax is.
-    logits_V = (logits_V - logits_V.max()) / options.temperature
+    scaled_V = logits_V / options.temperature
+    if not bool(scaled_V.max().isfinite()):  # a tiny temperature; of infinities no softmax is
+        scaled_V = (logits_V - logits_V.max()) / options.temperature
+    logits_V = scaled_V
     if options.top_k:
         logits_V = keep_top_k(logits_V, options.top_k)
     if options.top_p < 1:

@@ -235,7 +235,11 @@ def test_stream_of_a_failed_run_reads_as_cut_off(tmp_path) -> None:
 def test_closed_pipe_is_silent() -> None:
     command = [*L4, "tokenize", "-q"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,  # nothing of ours is left to flush into a pipe that is gone
     ) as run:
         assert run.stdin is not None
         assert run.stdout is not None

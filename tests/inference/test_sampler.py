@@ -103,6 +103,12 @@ def test_draws_follow_the_probabilities_and_the_seed():
     assert [other.choose(LOGITS)[0] for _ in range(100)] != [token for token, _ in drawn[:100]]
 
 
+def test_a_tiny_temperature_is_nearly_greedy():
+    options = SamplingOptions(temperature=1e-40)
+    logits = torch.tensor([3.0, 5.0, 4.0])
+    assert Sampler(options, [], NONE, logits).choose(logits)[0] == 1
+
+
 def test_temperature_zero_is_greedy_and_the_penalty_still_holds():
     assert Sampler(SamplingOptions(), [], NONE, LOGITS).choose(LOGITS) == (
         1,
