@@ -40,10 +40,13 @@ import signal, threading, time
 from l4cli.data.standard_input import standard_input
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # of the main thread
+is_ready = threading.Event()
 def take_it():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    is_ready.set()
     time.sleep(60)
 threading.Thread(target=take_it, daemon=True).start()
+is_ready.wait()
 try:
     print("reading", flush=True)
     standard_input().read()
@@ -55,4 +58,6 @@ except KeyboardInterrupt:
         assert process.stdout is not None
         assert process.stdout.readline() == b"reading\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30)[0] == b"interrupted\n"
+        # Stdin stays open meanwhile: its end would end the wait as well.
+        assert process.stdout.readline() == b"interrupted\n"
+        process.communicate(timeout=30)
