@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,12 @@ except KeyboardInterrupt:
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
+        guard = threading.Timer(30, process.kill)  # a wait that does not end is a failure
+        guard.daemon = True
+        guard.start()
         assert process.stdout.readline() == b"reading\n"
         process.send_signal(signal.SIGINT)
         # Stdin stays open meanwhile: its end would end the wait as well.
         assert process.stdout.readline() == b"interrupted\n"
+        guard.cancel()
         process.communicate(timeout=30)
