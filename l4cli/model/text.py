@@ -175,7 +175,10 @@ class TextModel(nn.Module):
         shared = self._shared_input(h_BTD, batch, cache, routing)
         for layer in self.layers:
             if checkpoint_layers and h_BTD.requires_grad:
-                h_BTD = checkpoint(layer, h_BTD, shared, use_reentrant=False)
+                # Nothing in a layer is random, and passes on other threads share the generator.
+                h_BTD = checkpoint(
+                    layer, h_BTD, shared, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 h_BTD = layer(h_BTD, shared)
         return self.norm(h_BTD)
