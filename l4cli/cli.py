@@ -137,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_output() -> int:
     """See to it that words and data have somewhere to go, and not into a file that we open."""
     if sys.stderr is None:  # closed by the caller: `2>&-`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  it stays
+        _discard(2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
     if sys.stdout is not None:
         return errors.OK
     why, fix = "it is closed", "leave it open, or discard it with `> /dev/null`"
@@ -230,8 +230,15 @@ def _pipe_may_close() -> Iterator[None]:
 
 def _silence_stdout() -> None:
     """Keep the interpreter from complaining when it flushes a pipe nobody reads."""
+    _discard(sys.stdout.fileno())
+
+
+def _discard(descriptor: int) -> None:
+    """Send what is written to a descriptor nowhere."""
     devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
+    if devnull != descriptor:
+        os.dup2(devnull, descriptor)
+        os.close(devnull)
 
 
 def _report_bug(error: BaseException) -> int:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
+import ask
+import corpus
+import draw
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES / "quickstart"))
-
-import ask  # noqa: E402
-import corpus  # noqa: E402
-import draw  # noqa: E402
 
 
 def test_the_same_seed_draws_the_same_picture() -> None:

@@ -92,9 +92,16 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
 
 def require_weights_fit(config: Llama4Config, path: Path | str) -> None:
     """Refuse a checkpoint that a model of this shape cannot take; reads headers only."""
+    _matched(build_model(config, "meta"), path)
+
+
+def _matched(model: nn.Module, path: Path | str) -> tuple[StoredWeights, Matching]:
+    """Find where every parameter's values are, and refuse what does not fit."""
     stored = open_weights(resolve_checkpoint(path))
-    shapes = {name: tuple(p.shape) for name, p in build_model(config, "meta").named_parameters()}
-    _check(stored, match(stored.tensors, shapes))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    matching = match(stored.tensors, shapes)
+    _check(stored, matching)
+    return stored, matching
 
 
 @torch.no_grad()
@@ -111,10 +118,7 @@ def load_weights(
     Parameters on the meta device are made on `device`, as `dtype` or as stored; others keep
     their place and dtype. Everything that headers can tell is checked before anything is read.
     """
-    stored = open_weights(resolve_checkpoint(path))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    matching = match(stored.tensors, shapes)
-    _check(stored, matching)
+    stored, matching = _matched(model, path)
     parameters = dict(model.named_parameters())
     for group in _groups(stored, matching.pieces):
         file = stored.folder / stored.file_of[group[0].key]

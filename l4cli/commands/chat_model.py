@@ -17,7 +17,7 @@ import torch
 
 from l4cli import terminal
 from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
-from l4cli.data.geometry import PROCESSOR_FILES, PictureGeometry
+from l4cli.data.geometry import PictureGeometry, read_processor_files
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, SamplingOptions, pack_weights
 from l4cli.model import Llama4Config, count_parameters
@@ -173,14 +173,7 @@ def _geometry(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> Pictu
     """How pictures are cut for this model."""
     if config.vision is None:
         return None
-    try:
-        present = [name for name in PROCESSOR_FILES if (folder / name).is_file()]
-        files = {name: (folder / name).read_text(encoding="utf-8") for name in present}
-    except ValueError as error:
-        why, fix = "it is not UTF-8 text", "restore the folder's processor files"
-        raise L4Error(
-            f"cannot read the processor config in `{folder}`", why=why, fix=fix
-        ) from error
+    files = read_processor_files(folder, "restore the folder's processor files")
     names = ("image_size", "patch_size", "pixel_shuffle_ratio")
     tower = {name: getattr(config.vision, name) for name in names}
     geometry = PictureGeometry.from_processor_files(files) or PictureGeometry(**tower)
@@ -213,9 +206,11 @@ def _generation(folder: Path, config: Llama4Config) -> dict[str, Any]:
         numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
         for name in numbers:
             value = found.get(name)
-            kinds = int | None if name in ("top_k", "max_new_tokens") else int | float | None
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                wanted = "a number" if kinds == int | float | None else "a whole number"
+            is_count = name in ("top_k", "max_new_tokens")
+            if isinstance(value, bool) or not isinstance(
+                value, int | None if is_count else int | float | None
+            ):
+                wanted = "a whole number" if is_count else "a number"
                 raise L4Error(what, why=f"`{name}` is {value!r}, not {wanted}", fix=fix)
         stop = found.get("eos_token_id")
         ids = stop if isinstance(stop, list) else [] if stop is None else [stop]

@@ -164,6 +164,12 @@ class Request:
     quiet: bool
 
     @property
+    def row_tokens(self) -> int | None:
+        if self.seq_len is None:
+            return None
+        return parse_number(self.seq_len, "--seq-len", "4k", LENGTHS)
+
+    @property
     def length(self) -> train.Length:
         return train.Length(self.steps, self.tokens, self.epochs)
 
@@ -224,10 +230,9 @@ def prepare(request: Request) -> Prepared:
     if request.freeze and config.vision is None:
         why = "the model has no vision, so nothing of it would be left to train apart"
         raise UsageError(f"cannot use `--freeze {request.freeze}`", why=why, fix="leave it out")
-    length = request.seq_len
     source = data_setup.open_source(
         request.shards,
-        seq_len=None if length is None else parse_number(length, "--seq-len", "4k", LENGTHS),
+        seq_len=request.row_tokens,
         batch_size=request.batch_size,
         micro_batch_size=request.micro_batch_size,
         seed=request.seed,
@@ -243,7 +248,7 @@ def prepare(request: Request) -> Prepared:
     grows = name in model_setup.GROWING_PRESETS and not request.sets_vocab_size
     config = model_setup.fit_vocabulary(config, source.tokenizer(), name=name, grows=grows)
     data_setup.require_geometry(config, source.datasets)
-    data_setup.require_context(config, *source.datasets)
+    data_setup.require_context(config, source.seq_len)
     if request.init_from is not None:
         model_setup.require_weights(request.init_from, config, changed=request.set_ or [])
     plan = _plan(request, config, source, device)

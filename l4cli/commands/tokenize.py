@@ -137,11 +137,12 @@ def _own_output(out: Path | None) -> list[tuple[int, int]]:
 
 def _geometry(preset: str | None, tokenizer: str) -> PictureGeometry:
     """Take the preset's geometry, else the tokenizer folder's, else Llama 4's."""
-    from l4cli.data.geometry import PROCESSOR_FILES, PictureGeometry
+    from l4cli.data.geometry import PictureGeometry, read_processor_files
 
     if preset is None:
         folder = Path(tokenizer) if tokenizer != "bytes" else None
-        files = {} if folder is None else _texts(folder, PROCESSOR_FILES)
+        fix = "repair the file, or take a preset's geometry with `--preset NAME`"
+        files = {} if folder is None else read_processor_files(folder, fix)
         return PictureGeometry.from_processor_files(files) or PictureGeometry()
 
     from l4cli.model import load_preset
@@ -151,18 +152,6 @@ def _geometry(preset: str | None, tokenizer: str) -> PictureGeometry:
         why = "it has no vision tower"
         raise UsageError(f"preset `{preset}` reads no pictures", why=why, fix="name another preset")
     return PictureGeometry(vision.image_size, vision.patch_size, vision.pixel_shuffle_ratio)
-
-
-def _texts(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
-    try:
-        found = [name for name in names if (folder / name).is_file()]
-        return {name: (folder / name).read_text(encoding="utf-8") for name in found}
-    except (OSError, ValueError) as error:
-        fix = "repair the file, or take a preset's geometry with `--preset NAME`"
-        why = " ".join(str(error).split()).lower()
-        raise L4Error(
-            f"cannot read the processor config in `{folder}`", why=why, fix=fix
-        ) from error
 
 
 @contextmanager

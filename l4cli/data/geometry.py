@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from l4cli.errors import L4Error
@@ -127,6 +128,16 @@ class PictureGeometry:
             f"tiles of {self.image_size} px, patches of {self.patch_size} px, "
             f"pixel shuffle {self.pixel_shuffle_ratio:g}, at most {self.max_patches} tiles"
         )
+
+
+def read_processor_files(folder: Path, fix: str) -> dict[str, str]:
+    """File name -> text of those a folder has. raises: L4Error with `fix` for unreadable ones"""
+    try:
+        present = [name for name in PROCESSOR_FILES if (folder / name).is_file()]
+        return {name: (folder / name).read_text(encoding="utf-8") for name in present}
+    except (OSError, ValueError) as error:
+        what = f"cannot read the processor config in `{folder}`"
+        raise L4Error(what, why=" ".join(str(error).split()).lower(), fix=fix) from error
 
 
 def _object(files: Mapping[str, str], name: str) -> dict[str, Any]:

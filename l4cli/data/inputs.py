@@ -80,7 +80,7 @@ class Inputs:
             for path in _matches(name):
                 if path.is_dir():
                     yield from self._folder(path, skipped)
-                elif str(path) == name or not self._is_own_output(path):
+                elif str(path) == name or not self._is_own_output(_status(path)):
                     yield self._file(path, was_named=True)
 
     def _folder(self, folder: Path, skipped: Counter[str]) -> Iterator[Source]:
@@ -104,20 +104,15 @@ class Inputs:
             return "hidden files"
         if path.suffix.lower() in PICTURE_SUFFIXES:
             return "pictures (name them, or a pattern of them, to take them)"
-        try:
-            status = path.stat()
-        except OSError:
-            return None  # reading it will say what is wrong
+        status = _status(path)
+        if status is None:
+            return None
         if not stat.S_ISREG(status.st_mode):
             return "special files"
-        return "" if self._is_own_output(path) else None
+        return "" if self._is_own_output(status) else None
 
-    def _is_own_output(self, path: Path) -> bool:
-        try:
-            status = path.stat()
-        except OSError:
-            return False
-        return (status.st_dev, status.st_ino) in self.exclude
+    def _is_own_output(self, status: os.stat_result | None) -> bool:
+        return status is not None and (status.st_dev, status.st_ino) in self.exclude
 
     def _file(self, path: Path, was_named: bool) -> Source:
         suffix = path.suffix.lower()
@@ -127,12 +122,19 @@ class Inputs:
             kind = Kind(self.format)
         else:
             kind = Kind.jsonl if suffix in ROW_SUFFIXES else Kind.text
-        try:
-            status = path.stat()
+        status = _status(path)
+        size: int | None = 0
+        if status is not None:
             size = status.st_size if stat.S_ISREG(status.st_mode) else None
-        except OSError:
-            size = 0
         return Source(str(path), path, kind, size, was_named)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Look at a file; None if that fails, and reading it will say what is wrong."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _matches(name: str) -> list[Path]:

@@ -232,7 +232,7 @@ class Tokenizer:
     def patch_id(self) -> int | None:
         return self._role("<|patch|>")
 
-    @cached_property
+    @property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer, of those the vocabulary has."""
         found = (self.eos_id, self.eom_id, self.eot_id)

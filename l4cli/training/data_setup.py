@@ -62,15 +62,15 @@ def open_held_out(folder: Path, source: ShardSource, config: Llama4Config) -> Sh
     return shards
 
 
-def require_context(config: Llama4Config, *datasets: ShardSet) -> None:
+def require_context(config: Llama4Config, seq_len: int) -> None:
     """Refuse rows longer than what the model says it can read."""
-    longest, most = max(d.seq_len for d in datasets), config.text.max_position_embeddings
-    if longest > most:
+    most = config.text.max_position_embeddings
+    if seq_len > most:
         raise UsageError(
-            f"rows of {longest} tokens are too long for the model",
+            f"rows of {seq_len} tokens are too long for the model",
             why=f"its `max_position_embeddings` is {most}",
             fix=f"pack with `l4 pack --seq-len {most}`, or train a longer model with "
-            f"`--set max_position_embeddings={longest}`",
+            f"`--set max_position_embeddings={seq_len}`",
         )
 
 

@@ -25,7 +25,7 @@ def test_help_that_nobody_reads(line: str) -> None:
     assert done.stderr == b""
 
 
-def test_a_closed_stdout_is_an_error(tmp_path: Path) -> None:
+def test_a_closed_stdout_is_an_error() -> None:
     done = _shell("l4 info preset:nano >&-")
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == b"error: cannot write to standard output"

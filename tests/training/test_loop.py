@@ -79,9 +79,10 @@ def test_a_bad_pass_among_several_stops_with_the_reason(tmp_path: Path) -> None:
         with torch.no_grad():
             loop.trainees[0].model.lm_head.weight[5] = float("inf")
 
+    threads = torch.get_num_threads()
     with pytest.raises(L4Error, match="diverged at step 1"):
         train(tmp_path, 2, source=CountingSource(1), change=poison)
-    assert torch.get_num_threads() > 0
+    assert torch.get_num_threads() == threads
 
 
 def test_micro_batches_give_the_same_figures(tmp_path: Path) -> None:
