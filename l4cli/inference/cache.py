@@ -129,7 +129,7 @@ class Cache:
     def __init__(self, config: TextConfig) -> None:
         self.config = config
         self.layers = [
-            LayerCache(config.attention_chunk_size if config.uses_rope(i) else None)
+            LayerCache(config.attention_chunk_size if config.is_local(i) else None)
             for i in range(config.num_hidden_layers)
         ]
         self.tokens: list[int] = []
@@ -234,7 +234,8 @@ class CacheBatch:
 
 def _fingerprint(config: TextConfig) -> str:
     """Tell models apart by their shape; weights of one shape cannot be told apart here."""
-    rotated = [config.uses_rope(i) for i in range(config.num_hidden_layers)]
+    layers = range(config.num_hidden_layers)
+    rotated = [(config.uses_rope(i), config.is_local(i)) for i in layers]
     sizes = (config.vocab_size, config.hidden_size, config.num_key_value_heads, config.head_dim)
     shape = [rotated, config.attention_chunk_size, sizes]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()
