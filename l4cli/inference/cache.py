@@ -5,6 +5,7 @@ in: q, k, v of new tokens from each layer; out: attention over everything kept
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from array import array
@@ -241,12 +242,30 @@ def _attend_forks(forks: list[LayerCache], q_BNH: Tensor, k_BKH: Tensor, v_BKH: 
 
 def chunk_size_of(config: TextConfig, layer_idx: int) -> int | None:
     """The chunk a layer's attention stays in; None where it sees everything."""
-    return config.attention_chunk_size if config.uses_rope(layer_idx) else None
+    return config.attention_chunk_size if config.is_local(layer_idx) else None
+
+
+_IRRELEVANT = (
+    "max_position_embeddings",
+    "router_aux_loss_coef",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    # How layers differ is told one by one.
+    "moe_layers",
+    "interleave_moe_layer_step",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "layer_types",
+)
 
 
 def _fingerprint(config: TextConfig) -> str:
-    """Tell models apart by their shape."""
-    rotated = [config.uses_rope(i) for i in range(config.num_hidden_layers)]
-    sizes = (config.vocab_size, config.hidden_size, config.num_key_value_heads, config.head_dim)
-    shape = [rotated, config.attention_chunk_size, sizes]
-    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()
+    """Tell models apart by what they compute from their weights."""
+    facts = dataclasses.asdict(config)
+    for name in _IRRELEVANT:
+        del facts[name]
+    layers = range(config.num_hidden_layers)
+    kinds = [(config.uses_rope(i), config.is_local(i), config.is_moe(i)) for i in layers]
+    return hashlib.sha256(json.dumps([kinds, facts], sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,8 @@ source: HF Llama4ForCausalLM, Llama4ForConditionalGeneration (transformers 5.23)
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -168,6 +170,9 @@ def _first_values(name: str, weight: Tensor, gain: float, generator: torch.Gener
         return torch.zeros(weight.shape)
     if weight.ndim == 1 and name.endswith("weight"):
         return torch.ones(weight.shape)
+    if name.endswith("softmax_scale"):
+        # Queries begin with a temperature of 1 at 512 keys.
+        return torch.full(weight.shape, 1 / math.log(512))
     values = torch.randn(weight.shape, generator=generator)
     if name.endswith("embed_tokens.weight"):
         return values

@@ -9,8 +9,14 @@ from tiny_llama4 import PATCH, TOKENS_PER_TILE, full_logits, random_ids, text_mo
 from l4cli.inference import Cache, Engine, pack_weights
 from l4cli.ops.batch import Batch
 
-# The last layer: chunked with a dense feed-forward; chunked with experts; full with experts.
-SHAPES = [{}, {"moe_layers": [4]}, {"num_hidden_layers": 4}]
+FULL, LOCAL = "full_attention", "chunked_attention"
+SHAPES = [
+    {},  # the last layer is chunked and dense
+    {"moe_layers": [4]},  # chunked, with experts
+    {"num_hidden_layers": 4},  # full, with experts
+    {"num_hidden_layers": 4, "scalable_softmax": True, "attn_temperature_tuning": False},
+    {"no_rope_layers": [1] * 5, "layer_types": [LOCAL, LOCAL, FULL, LOCAL, FULL]},
+]
 
 
 def whole_read(model, ids: torch.Tensor) -> tuple[Cache, torch.Tensor]:
