@@ -24,6 +24,13 @@ class Cell:
         return self.num_correct / self.num_samples
 
     @property
+    def percent(self) -> str:
+        """Whole percent; 100 and 0 only where all and none were right."""
+        if self.num_correct in (0, self.num_samples):
+            return f"{100 * self.accuracy:.0f}"
+        return f"{min(99, max(1, round(100 * self.accuracy)))}"
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The 95% Wilson interval."""
         return wilson(self.num_correct, self.num_samples)

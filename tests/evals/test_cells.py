@@ -35,3 +35,8 @@ def test_a_length_over_all_depths() -> None:
 def test_lengths_are_written_as_options_write_them() -> None:
     shown = [length_text(n) for n in (512, 1000, 1024, 1536, 65536, 1 << 20, 10 << 20)]
     assert shown == ["512", "1000", "1k", "1536", "64k", "1m", "10m"]
+
+
+def test_a_hundred_percent_means_all() -> None:
+    shown = [Cell(n, 1000).percent for n in (0, 1, 4, 500, 996, 999, 1000)]
+    assert shown == ["0", "1", "1", "50", "99", "99", "100"]
