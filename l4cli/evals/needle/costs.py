@@ -121,3 +121,8 @@ def require_room(
         why=f"it needs {bytes_text(needed)} ({listed}), and {bytes_text(available_bytes)} is free",
         fix="ask for shorter `--lengths`",
     )
+
+
+def weights_bytes(config: Llama4Config, dtype: str) -> int:
+    """The weights in a precision."""
+    return inference_bytes(config, dtype, 1)["weights"]

@@ -31,6 +31,10 @@ class Frame:
     before: np.ndarray
     after: np.ndarray
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.before) + len(self.after)
+
     @classmethod
     def of(cls, tokenizer: Tokenizer, *, is_chat: bool) -> Frame:
         """raises: L4Error where the tokenizer knows no chat format"""
