@@ -19,6 +19,7 @@ from l4cli.evals.needle.costs import (
 )
 from l4cli.model import Llama4Config
 
+
 def show(request: Request) -> None:
     """Print the plan."""
     config, dtype = _shape(request)

@@ -55,11 +55,11 @@ def draw(folder: Path, summary: Mapping[str, Any], name: str) -> None:
         return
     settings = summary["settings"]
     haystack = ", ".join(settings["haystack"] or ["generated filler"])
+    place = "one needle a text" if settings["separate"] else "all depths in one text"
     caption = (
         f"Model: {summary['model']} (weights {settings['weights']}, {settings['dtype']}). "
         f"Haystack: {haystack}. {settings['samples']} texts at each length, seed "
-        f"{settings['seed']}, {'one needle a text' if settings['separate'] else 'all depths in one text'}"
-        f"{', chat format' if settings['chat'] else ''}. Intervals: 95% Wilson."
+        f"{settings['seed']}, {place}{', chat format' if settings['chat'] else ''}. Intervals: 95% Wilson."
     )
     draw_heatmap(grids, folder / HEATMAP, title=f"Needle test of {name}", caption=caption)
 

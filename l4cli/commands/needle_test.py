@@ -20,7 +20,6 @@ from typing import Annotated
 import typer
 
 from l4cli import terminal
-from l4cli.commands import longcontext_options as long
 from l4cli.commands.needle_options import KvDtype, Request, WeightsDtype
 from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
 
@@ -41,11 +40,14 @@ def needle_test(
     tasks: Annotated[
         str, typer.Option(metavar="LIST", help="what is asked: names, `ruler`, `all`, `nll`")
     ] = "single",
-    haystack: long.HaystackOption = None,
-    needle: long.NeedleOption = None,
-    question: long.QuestionOption = None,
-    keys: long.KeysOption = None,
-    values: long.ValuesOption = None,
+    haystack: Annotated[
+        list[str] | None,
+        typer.Option(help="text files, folders or packed shards to hide needles in"),
+    ] = None,
+    needle: Annotated[str | None, typer.Option(help="as in `#{key}={value};`")] = None,
+    question: Annotated[str | None, typer.Option(help="as in `#{key}=`")] = None,
+    keys: Annotated[str | None, typer.Option(help="words, letters:N, digits:N or uuid")] = None,
+    values: Annotated[str | None, typer.Option(help="words, letters:N, digits:N or uuid")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="where the folder has none: a folder, a file or `bytes`")
     ] = None,
@@ -78,7 +80,9 @@ def needle_test(
     out: Annotated[
         Path, typer.Option("-o", "--out", help="folder of the results; continues what is there")
     ] = Path("runs/needle-test"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="refuse a folder that is not empty")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="refuse a folder that is not empty")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show tokens, memory and time, read nothing")
     ] = False,
