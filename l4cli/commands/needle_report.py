@@ -36,10 +36,10 @@ def emit_cells(cells: Sequence[Cell]) -> None:
 
 
 def task_grids(summary: Mapping[str, Any]) -> list[TaskGrid]:
-    """The tested cells by task, and beside them the distractors' row; partial scores summed."""
-    rows = [
-        {**cell, "num_correct": cell["score"] * cell["num_samples"]} for cell in summary["cells"]
-    ]
+    """The tested cells by task, then those among distractors; partial scores summed."""
+    distractors = summary["controls"].get(Role.distractors.value, {})
+    cells = [*summary["cells"], *distractors.get("cells", [])]
+    rows = [{**cell, "num_correct": cell["score"] * cell["num_samples"]} for cell in cells]
     return grids_from_rows(rows)
 
 
@@ -56,10 +56,11 @@ def draw(folder: Path, summary: Mapping[str, Any], name: str) -> None:
     settings = summary["settings"]
     haystack = ", ".join(settings["haystack"] or ["generated filler"])
     place = "one needle a text" if settings["separate"] else "all depths in one text"
+    place += ", chat format" if settings["chat"] else ""
     caption = (
         f"Model: {summary['model']} (weights {settings['weights']}, {settings['dtype']}). "
         f"Haystack: {haystack}. {settings['samples']} texts at each length, seed "
-        f"{settings['seed']}, {place}{', chat format' if settings['chat'] else ''}. Intervals: 95% Wilson."
+        f"{settings['seed']}, {place}. Intervals: 95% Wilson."
     )
     draw_heatmap(grids, folder / HEATMAP, title=f"Needle test of {name}", caption=caption)
 

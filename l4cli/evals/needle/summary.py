@@ -76,7 +76,8 @@ def controls(
     """What was scored where nothing, or something else, was to be found; by length."""
     found: dict[str, Any] = {}
     for role in CONTROLS:
-        group = [outcome for outcome in outcomes if outcome.role == role]
+        own = [outcome for outcome in outcomes if outcome.role == role]
+        group = list(own)
         if role is Role.distractors:  # those that were tested as a task of their own count too
             hard = {hard_variants[task] for task in options.tasks if task in hard_variants}
             group += [o for o in outcomes if o.role == Role.test and o.task in hard]
@@ -89,6 +90,7 @@ def controls(
         }
         if role is Role.distractors:
             found[role.value]["tasks"] = sorted({outcome.task for outcome in group})
+            found[role.value]["cells"] = [cell.as_event() for cell in collect_cells(own)]
         if role is Role.closed_book:  # no text, no length
             del found[role.value]["by_length"]
     return found
