@@ -10,6 +10,7 @@ import re
 
 from l4cli.commands.options import LENGTHS, parse_number
 from l4cli.errors import UsageError
+from l4cli.evals.cells import length_text
 
 DOTS = "..."
 MAX_LENGTHS = 64
@@ -93,11 +94,3 @@ def parse_depths(text: str) -> tuple[float, ...]:
         fix = "write `--depths " + ",".join(f"{depth:g}" for depth in sorted(depths)) + "`"
         raise UsageError(what, why="they are not in ascending order", fix=fix)
     return tuple(depths)
-
-
-def length_text(length: int) -> str:
-    """A length as it is typed: `512`, `64k`, `1m`."""
-    for unit in ("m", "k"):
-        if length >= LENGTHS[unit] and length % LENGTHS[unit] == 0:
-            return f"{length // LENGTHS[unit]}{unit}"
-    return str(length)

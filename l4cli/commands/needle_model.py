@@ -15,12 +15,12 @@ import torch
 from l4cli import terminal
 from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
 from l4cli.commands.chat_model import DTYPES, has_chat_template
-from l4cli.commands.needle_lists import length_text
 from l4cli.errors import L4Error, UsageError
-from l4cli.evals.needle.costs import ReadingCost, reading_cost, require_room
-from l4cli.inference import Engine
+from l4cli.evals.cells import length_text
+from l4cli.inference import CacheOptions, Engine
 from l4cli.model import Llama4Config
 from l4cli.planning import available_memory
+from l4cli.planning.reading import Machine, ReadingPlan, plan_reading
 from l4cli.text import Tokenizer, load_tokenizer
 from l4cli.training.device import torch_device
 
@@ -76,35 +76,62 @@ class TestedModel:
                 digest.update(file.read(_SAMPLED_BYTES))
         return digest.hexdigest()[:16]
 
-    def cost(self, length: int) -> ReadingCost:
-        """What reading a text of this length takes."""
-        return reading_cost(self.config, length, self.compute_dtype, self.kv_dtype)
+    def plan(self, length: int) -> ReadingPlan:
+        """What reading a text of this length takes here; rates are none of its business."""
+        free = available_memory(str(self.device))
+        machine = Machine(str(self.device), 1, free, 1.0, 1.0, 1.0)
+        return plan_reading(
+            self.config, length, machine, dtype=self.compute_dtype, kv_dtype=self.kv_dtype
+        )
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
-        """Warn of lengths beyond the config's, refuse those beyond memory."""
+        """Warn of lengths beyond the config's. raises: L4Error for those beyond memory"""
         limit = self.config.text.max_position_embeddings
-        beyond = [length for length in lengths if length > limit]
-        if beyond:
+        if lengths[-1] > limit:
             terminal.warn(
-                f"{length_text(beyond[-1])} tokens are more than `max_position_embeddings` "
+                f"{length_text(lengths[-1])} tokens are more than `max_position_embeddings` "
                 f"({limit}) of `{self.folder}`: it is tested beyond what it claims"
             )
-        stored = open_weights(self.folder)
-        per_value = {"fp32": 4, "bf16": 2}.get(self.dtype)
-        weights = stored.num_parameters * per_value if per_value else stored.size_bytes
-        available = available_memory(str(self.device))
+        fitting = None
         for length in lengths:
-            require_room(self.cost(length), weights, available, length_text(length))
+            plan = self.plan(length)
+            if not plan.fits:
+                raise _too_long(plan, fitting)
+            fitting = length
 
     def load(self) -> Engine:
         """Load the weights; the engine takes texts of any length."""
         model = load_model(self.folder, device=self.device, dtype=DTYPES[self.dtype])
-        return Engine(model, num_token_ids=self.tokenizer.vocab_size, max_context=_NO_LIMIT)
+        return Engine(
+            model,
+            num_token_ids=self.tokenizer.vocab_size,
+            max_context=_NO_LIMIT,
+            cache_options=CacheOptions(self.kv_dtype),  # type: ignore[arg-type]
+        )
 
     def warn_if_it_cannot_chat(self) -> None:
         """A model that never saw the chat format answers it by chance."""
         if not has_chat_template(self.folder):
             terminal.warn(f"`{self.folder}` has no chat template: `--chat` may be new to it")
+
+
+def _too_long(plan: ReadingPlan, fitting: int | None) -> L4Error:
+    parts = {
+        "weights": plan.weights_bytes,
+        "keys and values": plan.full_cache_bytes + plan.local_cache_bytes,
+        "activations": plan.activation_bytes,
+    }
+    text = terminal.bytes_text
+    listed = ", ".join(f"{name} {text(size)}" for name, size in parts.items())
+    free = text(plan.machine.total_memory_bytes)
+    fix = "use a smaller model or a larger machine"
+    if fitting is not None:
+        fix = f"ask for `--lengths` up to {length_text(fitting)}, or keep less: `--kv-dtype int4`"
+    return L4Error(
+        f"a text of {length_text(plan.num_tokens)} tokens does not fit this machine",
+        why=f"it needs {text(plan.total_bytes)} ({listed}), and {free} is free",
+        fix=fix,
+    )
 
 
 def _tokenizer(folder: Path, named: str | None) -> Tokenizer:

@@ -17,6 +17,7 @@ from l4cli.evals.cells import TaskGrid, grids_from_rows, length_text
 from l4cli.evals.heatmap import draw_heatmap
 from l4cli.evals.needle.cells import Cell
 from l4cli.evals.needle.grid import Role
+from l4cli.evals.terminal_heatmap import show_heatmap
 
 SUMMARY = "summary.json"
 HEATMAP = "heatmap.png"
@@ -66,7 +67,11 @@ def draw(folder: Path, summary: Mapping[str, Any], name: str) -> None:
 
 
 def show(summary: Mapping[str, Any]) -> None:
-    """The means by task and length with their intervals, the controls, effective lengths."""
+    """The grid, then means by length with their intervals, controls, effective lengths."""
+    grids = task_grids(summary)
+    if grids:
+        show_heatmap(grids)
+        terminal.result("")
     lengths = list(summary["means_by_length"])
     rows: list[list[str]] = []
     for task, by_length in summary["by_task_and_length"].items():

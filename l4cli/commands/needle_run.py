@@ -12,9 +12,9 @@ from l4cli import terminal
 from l4cli.checkpoint import RunFolder
 from l4cli.commands import needle_report as report
 from l4cli.commands.needle_grid import HARD_VARIANTS, SampleMaker, grid_options, jobs_of
-from l4cli.commands.needle_lists import length_text
 from l4cli.commands.needle_model import TestedModel, require_checkpoint
 from l4cli.commands.needle_options import Request
+from l4cli.evals.cells import length_text
 from l4cli.evals.needle import Job, ResultsStore, Role, Subject, run_grid
 from l4cli.evals.needle.cells import collect_cells, outcomes_of
 from l4cli.evals.needle.engine_subject import EngineSubject, Frame
@@ -86,7 +86,7 @@ def _read(
         terminal.say(f"`{request.out}` holds all {len(jobs)} texts of this test already")
         return
     _describe(request, model, jobs, missing)
-    weights = {length: model.cost(length).flops for length in request.length_list}
+    weights = {length: model.plan(length).time_s for length in request.length_list}
     total = sum(_weight(job, weights) for job in missing)
     subject = EngineSubject(model.load(), model.tokenizer, is_chat=request.chat)
     try:

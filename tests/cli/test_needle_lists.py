@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from l4cli.commands.needle_lists import length_text, parse_depths, parse_lengths
+from l4cli.commands.needle_lists import parse_depths, parse_lengths
 from l4cli.errors import UsageError
 
 
@@ -76,14 +76,3 @@ def test_depths_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError) as refused:
         parse_depths(text)
     assert f"--depths {text}" in refused.value.what
-
-
-def test_lengths_are_shown_as_typed() -> None:
-    assert [length_text(n) for n in (512, 1000, 1024, 65536, 1 << 20, 3 << 19)] == [
-        "512",
-        "1000",
-        "1k",
-        "64k",
-        "1m",
-        "1536k",
-    ]

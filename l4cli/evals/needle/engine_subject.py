@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from l4cli.data.longcontext.sample import Match, Question, Sample
 from l4cli.evals.needle.subject import Reading, straddles
 from l4cli.inference import Cache, Engine, Request
-from l4cli.ops.batch import Batch
 from l4cli.text import Tokenizer, render_chat
 
 CHAT_ANSWER_TOKENS = 64  # room for a sentence around what is asked for
@@ -72,16 +70,12 @@ class EngineSubject:
         cache = None
         if len(context):  # nothing, where a question stands alone and there is no BOS
             cache = self.engine.prefill(context, on_progress=self.on_progress)
-        answers = [""] * len(sample.questions)
-        exact = [] if self.speaks_freely else _numbers(sample.questions, Match.exact)
-        for i in exact:
-            answers[i] = self._exact_answer(cache, sample.questions[i])
-        free = [i for i in range(len(answers)) if i not in exact]
-        written = self._write(cache, [sample.questions[i] for i in free])
-        for i, text in zip(free, written, strict=True):
-            answers[i] = text
+        exact = [q for q in sample.questions if self._is_checked(q)]
+        free = [q for q in sample.questions if not self._is_checked(q)]
+        answers = dict(zip(map(id, exact), self._check(cache, exact), strict=True))
+        answers |= dict(zip(map(id, free), self._write(cache, free), strict=True))
         return Reading(
-            answers,
+            [answers[id(question)] for question in sample.questions],
             len(context) + max(map(self._num_asked, sample.questions)),
             [
                 straddles(question, offsets, num_before, self.chunk_size)
@@ -89,46 +83,57 @@ class EngineSubject:
             ],
         )
 
+    def _is_checked(self, question: Question) -> bool:
+        """Whether one pass over question and answer tells: no free speech, one right answer."""
+        return question.match is Match.exact and not self.speaks_freely
+
     def _num_asked(self, question: Question) -> int:
-        """Tokens of a question and of its longest reference."""
-        answers = [len(self.tokenizer.encode(text)) for text in question.answers]
-        return len(self._asked(question)) + max(answers, default=0)
+        """Tokens of a question and of a right answer."""
+        return question.num_tokens(self.tokenizer) + len(self.frame.after)
 
     def _asked(self, question: Question) -> np.ndarray:
         return np.concatenate([self.tokenizer.encode(question.prompt), self.frame.after])
 
-    def _exact_answer(self, cache: Cache | None, question: Question) -> str:
-        """The reference if greedy decoding writes it, else what it writes up to the difference."""
-        asked = self._asked(question)
-        expected = self.tokenizer.encode(question.answers[0]).astype(np.int64)
-        said = self._likeliest(cache, asked, expected)
+    def _check(self, cache: Cache | None, questions: Sequence[Question]) -> list[str]:
+        """For each the reference if greedy decoding writes it, else what it writes instead."""
+        if not questions:
+            return []
+        asked = [self._asked(question) for question in questions]
+        expected = [self.tokenizer.encode(question.answers[0]) for question in questions]
+        if cache is not None:
+            pairs = zip(asked, expected, strict=True)
+            scored = self.engine.score_many(cache, [np.concatenate(pair) for pair in pairs])
+        else:
+            scored = [
+                self.engine.score_many(self.engine.prefill(ids), [answer])[0]
+                for ids, answer in zip(asked, expected, strict=True)
+            ]
+        answers = []
+        for i, (_, likeliest) in enumerate(scored):
+            said = likeliest[-len(expected[i]) :].cpu().numpy()
+            answers.append(self._answer(cache, questions[i], asked[i], expected[i], said))
+        return answers
+
+    def _answer(
+        self,
+        cache: Cache | None,
+        question: Question,
+        asked: np.ndarray,
+        expected: np.ndarray,
+        said: np.ndarray,
+    ) -> str:
+        """What greedy decoding writes, from the likeliest ids at the places of the right ones."""
+        reference = question.answers[0]
         wrong = np.flatnonzero(said != expected)
         if not len(wrong):
-            return question.answers[0]
+            return reference
+        # Up to the first difference the ids are those of decoding; after it they are not.
         text = self.tokenizer.decode(said[: wrong[0] + 1])
-        reference = question.answers[0]
         if not (reference.startswith(text) or text.startswith(reference)):
             return text
         # The same text in other tokens so far: let it be written.
         room = 2 * len(expected) + SPARE_ANSWER_TOKENS
         return self._generate(cache, [asked], [room])[0]
-
-    @torch.inference_mode()
-    def _likeliest(
-        self, cache: Cache | None, asked: np.ndarray, expected: np.ndarray
-    ) -> np.ndarray:
-        """The likeliest id at the place of each expected one, given those before it."""
-        ids = np.concatenate([asked, expected])[:-1].astype(np.int64)
-        engine = self.engine
-        fork = Cache(engine.config.text) if cache is None else cache.fork(1)[0]
-        ids_1T = torch.from_numpy(ids)[None].to(engine.device)
-        first = fork.num_tokens
-        positions_1T = torch.arange(first, first + len(ids), device=engine.device)[None]
-        batch = Batch.continuing(ids_1T, positions_1T)
-        hidden_TD = engine.model.hidden(batch, cache=fork)[0, len(asked) - 1 :]
-        logits_TV = engine.model.lm_head(hidden_TD).float()
-        logits_TV[:, engine.never] = float("-inf")
-        return logits_TV.argmax(-1).cpu().numpy()
 
     def _write(self, cache: Cache | None, questions: Sequence[Question]) -> list[str]:
         """Free answers, greedily."""
@@ -160,7 +165,3 @@ class EngineSubject:
             if event.finish != "stop":
                 written[event.request].append(event.token)
         return [self.tokenizer.decode(ids) for ids in written]
-
-
-def _numbers(questions: Sequence[Question], match: Match) -> list[int]:
-    return [i for i, question in enumerate(questions) if question.match is match]

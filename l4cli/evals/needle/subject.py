@@ -33,17 +33,17 @@ class Subject(Protocol):
 
 
 class _Answering(Protocol):
+    speaks_freely: bool
+
     def ask(self, sample: Sample) -> list[str]:
         """Answer the questions of a sample."""
 
 
 class AnswersOnly:
-    """Makes a subject of whoever only answers, such as a server: it speaks as it likes."""
-
-    speaks_freely = True
+    """Makes a subject of whoever only answers, such as a server."""
 
     def __init__(self, answering: _Answering) -> None:
-        self.answering = answering
+        self.answering, self.speaks_freely = answering, answering.speaks_freely
 
     def read(self, sample: Sample) -> Reading:
         """Ask everything; how tokens lie is the server's secret."""
