@@ -9,7 +9,7 @@ from typing import Any
 
 from l4cli import terminal
 from l4cli.commands.needle_grid import jobs_of
-from l4cli.commands.needle_model import TestedModel, require_checkpoint
+from l4cli.commands.needle_model import TestedModel
 from l4cli.commands.needle_options import Request
 from l4cli.evals.cells import length_text
 from l4cli.evals.needle.grid import Role
@@ -87,13 +87,7 @@ def _shape(request: Request) -> tuple[Llama4Config, str]:
     if request.preset is not None:
         dtype = "bf16" if request.dtype.value == "auto" else request.dtype.value
         return load_preset(request.preset), dtype
-    model = TestedModel.open(
-        require_checkpoint(request.checkpoint),
-        request.tokenizer,
-        request.device.value,
-        request.dtype.value,
-        request.kv_dtype.value,
-    )
+    model = TestedModel.open(request)
     return model.config, model.compute_dtype
 
 

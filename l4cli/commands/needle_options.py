@@ -36,6 +36,13 @@ class KvDtype(StrEnum):
     int4 = "int4"
 
 
+class Api(StrEnum):
+    """How a server is asked."""
+
+    chat = "chat"
+    completions = "completions"
+
+
 @dataclass(frozen=True)
 class Request:
     """The fields are the parameters of `needle_test`."""
@@ -58,6 +65,13 @@ class Request:
     require: float | None
     dtype: WeightsDtype
     kv_dtype: KvDtype
+    endpoint: str | None
+    model: str | None
+    api: Api
+    api_key_env: str | None
+    jobs: int
+    timeout: float
+    max_tokens: int | None
     preset: str | None
     gpus: str | None
     out: Path
@@ -97,9 +111,32 @@ class Request:
                 why = "it is for planning, and a test needs a checkpoint and this machine"
                 fix = "add `--dry-run`, or leave it out"
                 raise UsageError(f"`--{name} {value}` given", why=why, fix=fix)
+        self._check_endpoint()
         if self.preset is not None and self.checkpoint is not None:
             why = "both name a model"
             raise UsageError(f"`{self.checkpoint}` and `--preset` given", why=why, fix="give one")
+
+    def _check_endpoint(self) -> None:
+        if self.endpoint is None:
+            if self.model is not None:
+                why = "it is the name of a model on a server"
+                fix = "add `--endpoint URL`, or name a checkpoint folder without `--model`"
+                raise UsageError(f"`--model {self.model}` given", why=why, fix=fix)
+            return
+        others = {
+            f"`{self.checkpoint}`": self.checkpoint is not None,
+            "`--preset`": self.preset is not None,
+            "`--dry-run`": self.dry_run,
+            "`--chat`": self.chat,
+            f"`--kv-dtype {self.kv_dtype}`": self.kv_dtype is not KvDtype.auto,
+            f"`--dtype {self.dtype}`": self.dtype is not WeightsDtype.auto,
+            "`--tasks nll`": self.wants_nll,
+        }
+        for name, is_given in others.items():
+            if is_given:
+                why = "with `--endpoint` the model is the server's affair"
+                fix = f"leave out {name} or `--endpoint`"
+                raise UsageError(f"{name} and `--endpoint` given", why=why, fix=fix)
 
     def settings(self) -> dict[str, Any]:
         """What makes this test that one and no other, the model's own facts aside."""
@@ -112,6 +149,7 @@ class Request:
             "separate": self.separate,
             "controls": self.controls,
             "chat": self.chat,
+            "api": None if self.endpoint is None else self.api.value,
             "dtype": self.dtype.value,
             "kv_dtype": self.kv_dtype.value,
             "haystack": self.haystack,

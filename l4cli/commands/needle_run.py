@@ -6,51 +6,37 @@ in: a request; out: the results' folder, events, exit code 1 below `--require`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from l4cli import terminal
 from l4cli.checkpoint import RunFolder
 from l4cli.commands import needle_report as report
 from l4cli.commands.needle_grid import HARD_VARIANTS, SampleMaker, grid_options, jobs_of
-from l4cli.commands.needle_model import TestedModel, require_checkpoint
 from l4cli.commands.needle_options import Request
 from l4cli.evals.cells import length_text
 from l4cli.evals.needle import Job, ResultsStore, Role, Subject, run_grid
 from l4cli.evals.needle.cells import collect_cells, outcomes_of
-from l4cli.evals.needle.engine_subject import EngineSubject, Frame
+from l4cli.evals.needle.engine_subject import EngineSubject
 from l4cli.evals.needle.grid import remaining
 from l4cli.evals.needle.store import require_usable
 from l4cli.evals.needle.summary import summarize
-from l4cli.training.run_record import environment
+from l4cli.text import Tokenizer
 
 
 def run(request: Request) -> None:
     """Everything but the dry run."""
     require_usable(request.out, fresh=request.fresh)
-    model = TestedModel.open(
-        require_checkpoint(request.checkpoint),
-        request.tokenizer,
-        request.device.value,
-        request.dtype.value,
-        request.kv_dtype.value,
-    )
-    model.check_lengths(request.length_list)
-    if request.chat:
-        model.warn_if_it_cannot_chat()
-    frame = Frame.of(model.tokenizer, is_chat=request.chat)
-    maker = SampleMaker(request, model.tokenizer, frame.num_tokens)
+    tested = _open(request)
+    tested.check_lengths(request.length_list)
+    maker = SampleMaker(request, tested.tokenizer, tested.reserve)
     jobs = jobs_of(request)
     maker.check(jobs)
-    settings = request.settings() | {
-        "model": str(model.folder),
-        "weights": model.weights_id,
-        "tokenizer": model.tokenizer.fingerprint,
-    }
+    settings = request.settings() | tested.facts()
     with RunFolder(request.out):
         store = ResultsStore.open(request.out, settings)
-        _read(request, model, maker, jobs, store)
+        _read(request, tested, maker, jobs, store)
         summary = {
-            "model": settings["model"],
+            "model": tested.name,
             "settings": settings,
             **summarize(
                 store.records,
@@ -59,10 +45,10 @@ def run(request: Request) -> None:
                 ruler_threshold=request.threshold,
             ),
             "time_s": round(sum(record["time_s"] for record in store.records), 3),
-            "machine": environment(model.device),
+            **tested.report(),
         }
         report.write_summary(request.out, summary)
-        report.draw(request.out, summary, model.folder.name)
+        report.draw(request.out, summary, tested.name)
     report.show(summary)
     terminal.emit(
         {
@@ -75,8 +61,36 @@ def run(request: Request) -> None:
     report.require(summary["means_by_task"], request.require)
 
 
+class Tested(Protocol):
+    """A model whose weights are not loaded, or whose server is not asked, yet."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def reserve(self) -> int: ...
+    def facts(self) -> dict[str, Any]: ...
+    def check_lengths(self, lengths: tuple[int, ...]) -> None: ...
+    def weight(self, length: int) -> float: ...
+    def subject(self) -> Subject: ...
+    def report(self) -> dict[str, Any]: ...
+
+
+def _open(request: Request) -> Tested:
+    if request.endpoint is not None:
+        from l4cli.commands.needle_endpoint import TestedEndpoint
+
+        return TestedEndpoint.open(request)
+    from l4cli.commands.needle_model import TestedModel
+
+    return TestedModel.open(request)
+
+
 def _read(
-    request: Request, model: TestedModel, maker: SampleMaker, jobs: list[Job], store: ResultsStore
+    request: Request, tested: Tested, maker: SampleMaker, jobs: list[Job], store: ResultsStore
 ) -> None:
     """Read what the store lacks; finished groups of cells are told as they come."""
     cells = _CellTeller(jobs, store)
@@ -85,16 +99,16 @@ def _read(
     if not missing:
         terminal.say(f"`{request.out}` holds all {len(jobs)} texts of this test already")
         return
-    _describe(request, model, jobs, missing)
-    weights = {length: model.plan(length).time_s for length in request.length_list}
+    _describe(request, tested, jobs, missing)
+    weights = {length: tested.weight(length) for length in request.length_list}
     total = sum(_weight(job, weights) for job in missing)
-    subject = EngineSubject(model.load(), model.tokenizer, is_chat=request.chat)
+    subject = tested.subject()
     try:
         with terminal.progress("reading", total) as bar:
             _Reader(subject, bar, weights, cells.after).run(missing, maker, store)
     except BaseException:
-        kept = len(jobs) - len(remaining(jobs, store.finished))
-        terminal.say(f"{kept} of {len(jobs)} texts are kept; the same command again reads the rest")
+        kept = f"{store.num_kept()} of {len(jobs)} texts are kept"
+        terminal.say(f"{kept}; the same command again reads the rest")
         raise
 
 
@@ -164,11 +178,11 @@ class _CellTeller:
             report.emit_cells(collect_cells(outcomes_of(found)))
 
 
-def _describe(request: Request, model: TestedModel, jobs: list[Job], missing: list[Job]) -> None:
+def _describe(request: Request, tested: Tested, jobs: list[Job], missing: list[Job]) -> None:
     """Say once what is tested and how."""
     lengths = ", ".join(map(length_text, request.length_list))
     terminal.say(
-        f"`{model.folder}` ({model.compute_dtype}, {model.device}): {', '.join(request.task_list)} "
+        f"`{tested.name}` ({tested.kind}): {', '.join(request.task_list)} "
         f"at {lengths} tokens, {len(request.depth_list)} depths, {request.samples} texts each"
     )
     kept = len(jobs) - len(missing)

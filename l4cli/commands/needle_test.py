@@ -9,6 +9,7 @@ Results go to `results.jsonl`, `summary.json` and `heatmap.png`.
 examples:
   l4 needle-test runs/nano/latest --lengths 1k,4k,16k --depths 11 -o report/
   l4 needle-test runs/nano/latest --lengths 1k,4k,...,1m --haystack books/ --require 0.95
+  l4 needle-test --endpoint http://127.0.0.1:8000/v1 --model scout --tokenizer tok/
   l4 needle-test --dry-run --preset scout --gpus 8xh100 --lengths 128k,1m,10m
 """
 
@@ -20,7 +21,7 @@ from typing import Annotated
 import typer
 
 from l4cli import terminal
-from l4cli.commands.needle_options import KvDtype, Request, WeightsDtype
+from l4cli.commands.needle_options import Api, KvDtype, Request, WeightsDtype
 from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
 
 REQUIRE_HELP = "exit 1 if a task's mean over all lengths and depths is lower, as in 0.95"
@@ -71,6 +72,29 @@ def needle_test(
     kv_dtype: Annotated[
         KvDtype, typer.Option(help="how layers that see everything keep keys and values")
     ] = KvDtype.auto,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="instead of a checkpoint: an OpenAI-compatible server"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="with `--endpoint`: the model's name there")
+    ] = None,
+    api: Annotated[
+        Api, typer.Option(help="with `--endpoint`: ask in a chat or continue a text")
+    ] = Api.chat,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="variable with the key  [default: OPENAI_API_KEY]"),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="with `--endpoint`: requests at the same time")
+    ] = 4,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="with `--endpoint`: seconds to wait for one answer")
+    ] = 300,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="with `--endpoint`: tokens this run may cost in all")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="with `--dry-run`: a shape instead of a checkpoint")
     ] = None,

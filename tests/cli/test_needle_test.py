@@ -92,20 +92,20 @@ def test_a_killed_test_keeps_its_texts(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     args = [*GRID[:4], "--samples", "200", *NEEDLES, "-o", out]
     command = [sys.executable, "-m", "l4cli", "needle-test", str(model), *map(str, args)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     results = out / "results.jsonl"
-    deadline = time.monotonic() + 60
-    while not results.exists() or results.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not results.exists() or results.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+        told = process.stderr.read()
     kept = lines(results.read_text())
     assert 3 <= len(kept) < 1000
     # Each length: 200 tests and as many among needles, 1 without; 200 questions without a text.
-    assert f"{len(kept)} of 1002 texts are kept" in process.stderr.read()
-    process.stderr.close()
+    assert f"{len(kept)} of 1002 texts are kept" in told
 
 
 def test_other_options_in_the_same_folder_are_refused_by_name(
