@@ -266,6 +266,7 @@ def run(request: Request, prepared: shared.Prepared) -> None:
         prepared.schedule.num_steps,
         prepared.device,
         fresh=request.fresh,
+        notes={"seq_len": prepared.source.seq_len},
     )
 
     def start(loop: Loop) -> None:
