@@ -93,6 +93,7 @@ def _pack_by_length(
         header = _feed(names, splitter, add, [line.writer for line in lines.values()])
         for name, line in lines.items():
             line.finish()
+            line.writer.packing["longest_short"] = by_length.longest_short
             if line.has_rows or (name == SHORT and not indices):  # which refuses empty streams
                 indices[name] = line.writer.finish(header, splitter.labels.values())
     return indices
@@ -169,6 +170,7 @@ class _ByLength:
 
     def __init__(self, seq_len: int) -> None:
         self.seq_len = seq_len
+        self.longest_short = 0  # tokens
         self._last_is_long = False
 
     def is_long(self, pieces: Pieces) -> np.ndarray:
@@ -178,6 +180,7 @@ class _ByLength:
         np.maximum.accumulate(first, out=first)  # -1: the document began before these pieces
         is_long = np.where(first >= 0, 2 * pieces.lengths[first] >= self.seq_len, False)
         is_long[first < 0] = self._last_is_long
+        self.longest_short = max(self.longest_short, int(pieces.lengths[~is_long].max(initial=0)))
         if pieces.num_pieces:
             self._last_is_long = bool(is_long[-1])
         return is_long
