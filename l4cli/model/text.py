@@ -32,7 +32,7 @@ class Cache(Protocol):
     """Keys and values of what was read before; decides what is kept and how it is attended."""
 
     def attend(self, layer_idx: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-        """Append k and v, then attend with q. shapes: -> out_BTNH"""
+        """Append k and v, then attend with q: the newest tokens' or none. shapes: -> out as q"""
 
 
 @dataclass
@@ -67,20 +67,22 @@ class Attention(nn.Module):
         if config.scalable_softmax and not self.uses_rope:
             self.softmax_scale = nn.Parameter(torch.empty(config.num_attention_heads))  # [N]
 
-    def forward(self, x_BTD: Tensor, shared: LayerInput) -> Tensor:
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+    def forward(self, x_BTD: Tensor, shared: LayerInput, num_needed: int | None = None) -> Tensor:
+        """Of all positions keys and values are kept; the last `num_needed` ask, or all."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, num_needed)
+        first = k_BTKH.shape[1] - q_BTNH.shape[1]
         turn_BTH = shared.turn_BTH if self.is_local else shared.full_turn_BTH
         if self.uses_rope and self.qk_norm_eps is not None:
-            q_BTNH = rotate_unit(q_BTNH, turn_BTH, self.qk_norm_eps)
+            q_BTNH = rotate_unit(q_BTNH, turn_BTH[:, first:], self.qk_norm_eps)
             k_BTKH = rotate_unit(k_BTKH, turn_BTH, self.qk_norm_eps)
         elif self.uses_rope:
-            q_BTNH, k_BTKH = rotate(q_BTNH, turn_BTH), rotate(k_BTKH, turn_BTH)
+            q_BTNH, k_BTKH = rotate(q_BTNH, turn_BTH[:, first:]), rotate(k_BTKH, turn_BTH)
         elif self.softmax_scale is not None:
             assert shared.log_length_BT is not None
-            scale_BTN = shared.log_length_BT.unsqueeze(-1) * self.softmax_scale
+            scale_BTN = shared.log_length_BT[:, first:].unsqueeze(-1) * self.softmax_scale
             q_BTNH = (q_BTNH * scale_BTN.unsqueeze(-1)).to(x_BTD.dtype)
         elif shared.temperature_BT is not None:
-            q_BTNH = (q_BTNH * shared.temperature_BT[..., None, None]).to(x_BTD.dtype)
+            q_BTNH = (q_BTNH * shared.temperature_BT[:, first:, None, None]).to(x_BTD.dtype)
         if shared.cache is not None:
             out_BTNH = shared.cache.attend(self.layer_idx, q_BTNH, k_BTKH, v_BTKH)
         else:
@@ -89,7 +91,7 @@ class Attention(nn.Module):
             out_BTNH = segment_attention(q_BTNH, k_BTKH, v_BTKH, plan)
         return self.o_proj(out_BTNH.flatten(-2))
 
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, x_BTD: Tensor, num_needed: int | None = None) -> tuple[Tensor, ...]:
         """Queries, keys and values by head."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if torch.is_grad_enabled():
@@ -98,7 +100,8 @@ class Attention(nn.Module):
             widths = [p.out_features for p in projections]
             parts = list(F.linear(x_BTD, weight).split(widths, dim=-1))
         else:
-            parts = [projection(x_BTD) for projection in projections]
+            newest_BTD = _newest(x_BTD, num_needed)
+            parts = [self.q_proj(newest_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)]
         return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
 
@@ -159,8 +162,11 @@ class DecoderLayer(nn.Module):
             else MLP(config.hidden_size, config.intermediate_size_mlp)
         )
 
-    def forward(self, h_BTD: Tensor, shared: LayerInput) -> Tensor:
-        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD), shared)
+    def forward(self, h_BTD: Tensor, shared: LayerInput, num_needed: int | None = None) -> Tensor:
+        x_BTD = self.input_layernorm(h_BTD)
+        h_BTD = _newest(h_BTD, num_needed) + self.self_attn(x_BTD, shared, num_needed)
+        if h_BTD.shape[1] == 0:
+            return h_BTD
         x_BTD = self.post_attention_layernorm(h_BTD)
         if self.is_moe:
             return h_BTD + self.feed_forward(x_BTD, shared)
@@ -187,11 +193,18 @@ class TextModel(nn.Module):
         cache: Cache | None = None,
         routing: Routing | None = None,
         checkpoint_layers: bool = False,
+        num_needed: int | None = None,
     ) -> Tensor:
-        """Run the layers over embeddings. shapes: h [B, T, D] -> same"""
+        """Run the layers over embeddings. shapes: h [B, T, D] -> same, or its last `num_needed`
+
+        The last layer is spared positions that nobody asks for; their keys and values are kept.
+        """
         shared = self._shared_input(h_BTD, batch, cache, routing)
-        for layer in self.layers:
-            if checkpoint_layers and h_BTD.requires_grad:
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            if num_needed is not None and i == last:
+                h_BTD = layer(h_BTD, shared, num_needed)
+            elif checkpoint_layers and h_BTD.requires_grad:
                 # Nothing in a layer is random, and passes on other threads share the generator.
                 h_BTD = checkpoint(
                     layer, h_BTD, shared, use_reentrant=False, preserve_rng_state=False
@@ -234,6 +247,10 @@ class TextModel(nn.Module):
                 length = 1.0 if rope.use_qk_norm else attention_factor(rope.scaling)
                 self.frequencies.append((inverse.to(device), length))
         return self.frequencies
+
+
+def _newest(x_BTD: Tensor, num_needed: int | None) -> Tensor:
+    return x_BTD if num_needed is None else x_BTD[:, x_BTD.shape[1] - num_needed :]
 
 
 def _temperature(config: TextConfig, batch: Batch) -> Tensor | None:
