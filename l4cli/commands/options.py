@@ -11,6 +11,8 @@ import typer
 from l4cli.errors import UsageError
 
 LENGTHS = {"": 1, "k": 1 << 10, "m": 1 << 20}  # of rows and contexts
+WINDOW_ROWS = 16  # long rows need a larger window to find fitting pieces
+_WINDOW_TOKENS = 1 << 21
 COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}  # of tokens
 
 
@@ -28,6 +30,11 @@ Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="seed of everything random")
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="where to compute")]
+
+
+def default_window(seq_len: int) -> int:
+    """Tokens packed and shuffled at a time when nothing is said."""
+    return max(_WINDOW_TOKENS, WINDOW_ROWS * seq_len)
 
 
 def parse_number(text: str, option: str, example: str, units: dict[str, int]) -> int:
