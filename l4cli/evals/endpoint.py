@@ -140,7 +140,7 @@ class Endpoint:
         else:
             body["prompt"] = prompt
         limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
-        settings = {limit: answer_tokens, "temperature": 0, "seed": self.options.seed, "n": 1}
+        settings = {limit: answer_tokens, "temperature": 0, "seed": self.options.seed}
         body |= {name: value for name, value in settings.items() if name not in self._refused}
         return body
 
@@ -264,7 +264,6 @@ _OPTIONAL = {
     "max_tokens": "it is asked for `max_completion_tokens`",
     "temperature": "answers are not greedy, and may differ from run to run",
     "seed": "answers may differ from run to run",
-    "n": "it is left out",
 }
 
 
