@@ -27,6 +27,7 @@ from typing import Any
 from l4cli import __version__, terminal
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.endpoint_replies import Failure, clean, read_answer, send
+from l4cli.evals.parallel import Stopped
 from l4cli.evals.token_budget import TokenBudget
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -55,6 +56,11 @@ class EndpointOptions:
     longest_wait_s: float = 60.0  # of our own waits
     longest_retry_after_s: float = 600.0  # of the waits a server may ask for
 
+    @property
+    def shown_url(self) -> str:
+        """The address for reports: without its query, which may hold what nobody should see."""
+        return self.url.partition("?")[0]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -64,10 +70,6 @@ class Answer:
     prompt_tokens: int | None
     answer_tokens: int | None
     finish: str | None
-
-
-class Stopped(Exception):
-    """Another request failed for good, or the run was interrupted."""
 
 
 class Endpoint:
@@ -178,7 +180,7 @@ class Endpoint:
     def _judge(self, failure: Failure, tries: int) -> None:
         """Plan the next try, or give up. raises: L4Error"""
         options = self.options
-        where = f"`{options.url.partition('?')[0]}`"
+        where = f"`{options.shown_url}`"
         is_passing = failure.is_passing and (self._has_answered or not failure.is_absent)
         if not is_passing:
             raise L4Error(f"cannot ask {where}", why=failure.why, fix=failure.fix)

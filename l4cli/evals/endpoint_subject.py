@@ -6,20 +6,15 @@ in: samples; out: the answers to their questions, in order
 from __future__ import annotations
 
 import math
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from l4cli.data.longcontext.sample import Match, Question, Sample
-from l4cli.evals.endpoint import Api, Endpoint, EndpointOptions, Stopped
+from l4cli.evals.endpoint import Api, Endpoint, EndpointOptions
+from l4cli.evals.parallel import in_parallel
 from l4cli.evals.token_budget import BYTES_PER_TOKEN, TokenBudget
 from l4cli.text.tokenizer import Definition, Ids, Tokenizer
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 CHAT_ANSWER_TOKENS = 64  # room for a sentence around what is asked for
 SPARE_ANSWER_TOKENS = 16
@@ -59,9 +54,8 @@ class EndpointSubject:
             room = self.answer_tokens or self._room(question)
             return self.endpoint.complete(context + question.prompt, num_prompt, room).text
 
-        return in_parallel(
-            answer, sample.questions, self.options.num_jobs, on_failure=self.endpoint.stop
-        )
+        num_jobs, stop = self.options.num_jobs, self.endpoint.stop
+        return list(in_parallel(answer, sample.questions, num_jobs, on_failure=stop))
 
     def report(self) -> dict[str, Any]:
         """What the run took, for the summary."""
@@ -82,55 +76,6 @@ class EndpointSubject:
         wanted = sum(counts) if question.match is Match.all else max(counts, default=0)
         extra = CHAT_ANSWER_TOKENS if self.speaks_freely else SPARE_ANSWER_TOKENS
         return 2 * wanted + extra
-
-
-def in_parallel(
-    work: Callable[[T], R],
-    items: Sequence[T],
-    num_threads: int,
-    *,
-    on_failure: Callable[[], None] = lambda: None,
-) -> list[R]:
-    """Do work on several threads and give the results in order; the first failure ends it.
-
-    The threads are daemons: Ctrl-C need not wait for answers nobody wants any more.
-    """
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[int, R | None, BaseException | None]] = queue.SimpleQueue()
-    is_over = threading.Event()
-    for i in range(len(items)):
-        todo.put(i)
-
-    def run() -> None:
-        while not is_over.is_set():
-            try:
-                i = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((i, work(items[i]), None))
-            except BaseException as error:  # it is raised where the results are awaited
-                if not isinstance(error, Stopped):
-                    is_over.set()
-                    on_failure()
-                done.put((i, None, error))
-
-    for _ in range(min(num_threads, len(items))):
-        threading.Thread(target=run, daemon=True).start()
-    results: dict[int, Any] = {}
-    try:
-        while len(results) < len(items):
-            i, result, error = done.get()
-            if isinstance(error, Stopped) and is_over.is_set():
-                continue  # the failure that stopped it is on its way
-            if error is not None:
-                raise error
-            results[i] = result
-    finally:
-        is_over.set()
-        if len(results) < len(items):
-            on_failure()
-    return [results[i] for i in range(len(items))]
 
 
 class EstimatedTokenizer(Tokenizer):

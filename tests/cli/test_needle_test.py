@@ -233,3 +233,33 @@ def test_chat_and_separate_texts(
     records = lines((tmp_path / "report" / "results.jsonl").read_text())
     assert [[a["depth"] for a in r["answers"]] for r in records] == [[0.0], [100.0]]
     assert all(r["num_tokens"] == 512 for r in records)
+
+
+def test_nll_reads_files_in_two_orders(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    for i in range(12):
+        (code / f"m{i:02d}.py").write_text(f"def f{i}(x):\n    return x + {i * 7919}\n" * 2)
+    (code / "picture.bin").write_bytes(bytes(range(256)))
+    args = [model, "--tasks", "nll", "--haystack", code, "--lengths", "256,512"]
+    out = tmp_path / "report"
+    assert run(*args, "-o", out) == 0
+    shown = capsys.readouterr().out
+    assert "bits per byte by position" in shown
+    assert "with every doubling of the position" in shown
+    curves = json.loads((out / "summary.json").read_text())["nll"]
+    assert set(curves) == {"in_order", "shuffled"}
+    assert all(found["num_tokens"] == 511 for found in curves.values())  # and BOS
+    first = curves["in_order"]["doubling"]
+    assert [bucket["end"] for bucket in first] == [128, 256, 511]
+    assert (out / "nll.png").exists()
+    before = (out / "results.jsonl").read_bytes()
+    assert run(*args, "-o", out) == 0
+    assert (out / "results.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert run(model, "--tasks", "nll", "-o", tmp_path / "none") == 2
+    assert "needs a haystack" in capsys.readouterr().err
+    assert run(*args[:-1], "4k", "-o", tmp_path / "short") == 1
+    assert "too short for `nll`" in capsys.readouterr().err
