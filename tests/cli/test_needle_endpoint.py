@@ -79,3 +79,11 @@ def test_an_address_and_a_name_are_needed(capsys: pytest.CaptureFixture[str]) ->
     assert "`--endpoint URL`" in capsys.readouterr().err
     assert main(["needle-test", "--endpoint", "ftp://x", "--model", "reader"]) == 2
     assert "no `http://`" in capsys.readouterr().err
+
+
+def test_jobs_go_across_texts_with_one_question_each(tmp_path: Path) -> None:
+    with running(delay_s=0.05) as (url, behaviour):
+        args = ["--tasks", "multi-value", "--no-controls", "--jobs", 3, "--require", 1.0]
+        assert run(url, tmp_path / "report", *args) == 0
+    assert behaviour.num_most == 3
+    assert len(behaviour.seen) == 4
