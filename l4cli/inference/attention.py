@@ -7,75 +7,114 @@ source: flash attention's log-sum-exp merge (arXiv 2205.14135); torch's kernels 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Part = tuple[Tensor, Tensor]  # keys_KSH, values_KSH
+from l4cli.inference.kept import Part, load
+
+Summed = tuple[Tensor, Tensor]  # a softmax's output and the log of its denominator
 
 
-def attend_to_all(q_1NH: Tensor, parts: list[Part]) -> Tensor:
+def attend_to_all(q_1NH: Tensor, parts: Sequence[Part]) -> Tensor:
     """Attend with one token that sees every key of every part.
 
     shapes: q_1NH -> out_1NH
     """
-    num_kv_heads = parts[0][0].shape[0]
+    if len(parts) > 1:
+        out_KRH, _ = attend_rows(as_rows(q_1NH, load(parts[-1], q_1NH.dtype)[0].shape[0]), parts)
+        return as_heads(out_KRH, q_1NH)
+    keys_KSH, values_KSH = load(parts[0], q_1NH.dtype)
     # The heads of a group are the rows of one product: keys are read once, not once a head.
-    q_KGH = q_1NH.view(num_kv_heads, -1, q_1NH.shape[-1])
-    if len(parts) == 1:
-        keys_KSH, values_KSH = parts[0]
-        out = F.scaled_dot_product_attention(q_KGH[None], keys_KSH[None], values_KSH[None])
-        return out.reshape(q_1NH.shape)
-    pieces = [_attention(q_KGH[None], keys[None], values[None]) for keys, values in parts]
-    return _merge(pieces).to(q_1NH.dtype).reshape(q_1NH.shape)
+    q_KGH = q_1NH.view(keys_KSH.shape[0], -1, q_1NH.shape[-1])
+    out = F.scaled_dot_product_attention(q_KGH[None], keys_KSH[None], values_KSH[None])
+    return out.reshape(q_1NH.shape)
 
 
-def attend_causally(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor, past: list[Part]) -> Tensor:
+def attend_causally(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor, past: Sequence[Part]) -> Tensor:
     """Attend with C runs of T new tokens, causal inside a run; `past` is seen by all (C = 1).
 
     shapes: q_CTNH -> out_CTNH
     """
+    if not past:
+        q, k, v, wide = _by_group(q_CTNH, k_CTKH, v_CTKH)
+        return _from_groups(F.scaled_dot_product_attention(q, k, v, is_causal=True), wide, q_CTNH)
+    assert len(q_CTNH) == 1
+    num_kv_heads = k_CTKH.shape[2]
+    out_1TNH, lse_1TN = attend_within(q_CTNH, k_CTKH, v_CTKH)
+    own = (
+        as_rows(out_1TNH[0], num_kv_heads),
+        as_rows(lse_1TN[0, :, :, None], num_kv_heads)[..., 0],
+    )
+    out_KRH, _ = attend_rows(as_rows(q_CTNH[0], num_kv_heads), past, own)
+    return as_heads(out_KRH, q_CTNH[0])[None]
+
+
+def attend_within(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor) -> Summed:
+    """Attend inside runs, causally. shapes: -> out_CTNH, log-sum-exp_CTN"""
+    q, k, v, wide = _by_group(q_CTNH, k_CTKH, v_CTKH)
+    out, lse = _attention(q, k, v, is_causal=True)
+    lse_CTN = lse.reshape(wide[:-1]).permute(0, 3, 2, 1).flatten(2)
+    return _from_groups(out, wide, q_CTNH), lse_CTN
+
+
+def _by_group(
+    q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Queries by group, each group with all key heads. shapes: -> [C * G, K, T, H] three times"""
     num_runs, length, num_heads, head_dim = q_CTNH.shape
     num_kv_heads = k_CTKH.shape[2]
-    num_groups = num_heads // num_kv_heads
-    q_CTKGH = q_CTNH.view(num_runs, length, num_kv_heads, num_groups, head_dim)
+    q_CTKGH = q_CTNH.unflatten(2, (num_kv_heads, -1))
     # One run expands without a copy; several copy their keys once a group, small beside T x T.
-    wide = (num_runs, num_groups, num_kv_heads, length, head_dim)
+    wide = (num_runs, num_heads // num_kv_heads, num_kv_heads, length, head_dim)
     k_BKTH, v_BKTH = (
         x_CTKH.permute(0, 2, 1, 3).unsqueeze(1).expand(wide).reshape(-1, *wide[2:])
         for x_CTKH in (k_CTKH, v_CTKH)
     )
-    q_BKTH = q_CTKGH.permute(0, 3, 2, 1, 4).reshape(-1, *wide[2:])
-    if not past:
-        out_BKTH = F.scaled_dot_product_attention(q_BKTH, k_BKTH, v_BKTH, is_causal=True)
-    else:
-        assert num_runs == 1
-        pieces = [_attention(q_BKTH, k_BKTH, v_BKTH, is_causal=True)]
-        pieces += [_attend_groups(q_BKTH, keys, values) for keys, values in past]
-        out_BKTH = _merge(pieces).to(q_CTNH.dtype)
-    return out_BKTH.reshape(wide).permute(0, 3, 2, 1, 4).reshape(q_CTNH.shape)
+    return q_CTKGH.permute(0, 3, 2, 1, 4).reshape(-1, *wide[2:]), k_BKTH, v_BKTH, wide
 
 
-def _attend_groups(q_GKTH: Tensor, keys_KSH: Tensor, values_KSH: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of whole groups to keys that all of their rows see."""
-    num_groups, num_kv_heads, length, head_dim = q_GKTH.shape
-    rows = q_GKTH.transpose(0, 1).reshape(1, num_kv_heads, num_groups * length, head_dim)
-    out, lse = _attention(rows, keys_KSH[None], values_KSH[None])
-    split = (num_groups, length)
-    return out[0].unflatten(1, split).transpose(0, 1), lse[0].unflatten(1, split).transpose(0, 1)
+def _from_groups(out_BKTH: Tensor, wide: tuple[int, ...], like_CTNH: Tensor) -> Tensor:
+    return out_BKTH.reshape(wide).permute(0, 3, 2, 1, 4).reshape(like_CTNH.shape)
 
 
-def _merge(pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+def attend_rows(q_KRH: Tensor, parts: Sequence[Part], before: Summed | None = None) -> Summed:
+    """Attend with rows that see every key of every part, joined with what they saw `before`.
+
+    shapes: -> out_KRH fp32, log-sum-exp_KR fp32
+    """
+    merged = before
+    for part in parts:
+        keys_KSH, values_KSH = load(part, q_KRH.dtype)
+        out, lse = _attention(q_KRH[None], keys_KSH[None], values_KSH[None])
+        merged = (out[0], lse[0]) if merged is None else merge(merged, (out[0], lse[0]))
+    assert merged is not None
+    return merged[0].float(), merged[1]
+
+
+def as_rows(q_TNH: Tensor, num_kv_heads: int) -> Tensor:
+    """All queries of a key head as rows of one matrix. shapes: -> q_KRH, R = T * G"""
+    q_TKGH = q_TNH.unflatten(1, (num_kv_heads, -1))
+    return q_TKGH.transpose(0, 1).flatten(1, 2)
+
+
+def as_heads(out_KRH: Tensor, like_TNH: Tensor) -> Tensor:
+    """`as_rows` undone, in the queries' dtype."""
+    out_KTGH = out_KRH.unflatten(1, (len(like_TNH), -1))
+    return out_KTGH.transpose(0, 1).reshape(like_TNH.shape).to(like_TNH.dtype)
+
+
+def merge(one: Summed, other: Summed) -> Summed:
     """Join softmaxes over disjoint keys, each weighted by its share of the whole sum."""
-    lse = torch.stack([lse for _, lse in pieces])
-    share = (lse - lse.logsumexp(0)).exp().unsqueeze(-1)
-    merged = pieces[0][0] * share[0]
-    for i, (out, _) in enumerate(pieces[1:], start=1):
-        merged = torch.addcmul(merged, out, share[i])
-    return merged
+    (out, lse), (more, more_lse) = one, other
+    joined = torch.logaddexp(lse, more_lse)
+    share, rest = ((x - joined).exp().unsqueeze(-1) for x in (lse, more_lse))
+    return torch.addcmul(out * share, more, rest), joined
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Summed:
     """Attention and the log of its softmax's denominator (fp32).
 
     shapes: [B, heads, rows, H] -> the same, [B, heads, rows]
@@ -93,9 +132,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> tupl
     return reference_attention(q, k, v, is_causal)
 
 
-def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False
-) -> tuple[Tensor, Tensor]:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Summed:
     """What `_attention` promises, written out in fp32."""
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
     if is_causal:

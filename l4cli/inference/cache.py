@@ -1,139 +1,83 @@
 """What the model has read: keys and values, as few as its attention can still reach.
 
 in: q, k, v of new tokens from each layer; out: attention over everything kept
-source: HF `chunked_overlay` (a query sees keys of its own chunk of absolute positions only)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from l4cli.errors import L4Error
-from l4cli.inference.attention import Part, attend_causally, attend_to_all
+from l4cli.inference import cache_file
+from l4cli.inference.attention import as_heads, as_rows, attend_rows
+from l4cli.inference.kept import CacheOptions, Packed, Part, num_tokens, part_tensors
+from l4cli.inference.layer_cache import LayerCache
 from l4cli.model.config import TextConfig
 
-FORMAT = "l4-cache-1"
-SPARE_TOKENS = 64  # room beyond what a prompt needs, so that decoding does not start with a copy
 
+class TokenIds(Sequence[int]):
+    """Ids at four bytes each: a list of ten million takes ninety times as long to copy."""
 
-class LayerCache:
-    """One layer of one sequence: a prefix shared with forks, then an own tail that grows.
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        self.ids = array("I", ids)
 
-    With a chunk size, both together hold the current chunk only: at a border they are emptied.
-    """
+    def append(self, token: int) -> None:
+        self.ids.append(token)
 
-    def __init__(self, chunk_size: int | None) -> None:
-        self.chunk_size = chunk_size
-        self.num_tokens = 0  # read so far, kept or not
-        self.prefix: Part | None = None  # never written to
-        self.tail: Part | None = None  # [K, capacity, H] twice; only this cache writes to it
-        self.tail_length = 0
+    def extend(self, ids_T: Tensor) -> None:
+        """Take ids in. shapes: [T] int64 on the CPU"""
+        self.ids.frombytes(ids_T.to(torch.uint32).contiguous().numpy().tobytes())
 
-    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Append k and v, then attend with q. shapes: -> out_TNH"""
-        if len(q_TNH) == 1:
-            self._append(k_TKH, v_TKH)
-            out_1NH = attend_to_all(q_TNH, self.parts())
-            self._advance(1)
-            return out_1NH
-        if self.chunk_size is None:
-            return self._attend_run(q_TNH, k_TKH, v_TKH)
-        return self._attend_chunks(q_TNH, k_TKH, v_TKH, self.chunk_size)
+    def tensor(self) -> Tensor:
+        """The ids as int64 [T]; a copy."""
+        if not self.ids:
+            return torch.empty(0, dtype=torch.int64)
+        return torch.frombuffer(self.ids, dtype=torch.uint32).to(torch.int64)
 
-    def _attend_chunks(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, chunk_size: int
-    ) -> Tensor:
-        """Split at chunk borders: the rest of the current chunk, whole chunks, a last piece."""
-        length = len(q_TNH)
-        first = min(-self.num_tokens % chunk_size, length)
-        num_whole = (length - first) // chunk_size
-        last = first + num_whole * chunk_size
-        pieces = []
-        if first:
-            pieces.append(self._attend_run(q_TNH[:first], k_TKH[:first], v_TKH[:first]))
-        if num_whole:
-            q, k, v = (x[first:last].unflatten(0, (-1, chunk_size)) for x in (q_TNH, k_TKH, v_TKH))
-            pieces.append(attend_causally(q, k, v, []).flatten(0, 1))
-            self._advance(last - first)
-        if last < length:
-            pieces.append(self._attend_run(q_TNH[last:], k_TKH[last:], v_TKH[last:]))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _attend_run(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Attend with new tokens that cross no border."""
-        out_1TNH = attend_causally(q_TNH[None], k_TKH[None], v_TKH[None], self.parts())
-        ends_chunk = self.chunk_size and (self.num_tokens + len(q_TNH)) % self.chunk_size == 0
-        if not ends_chunk:
-            self._append(k_TKH, v_TKH)
-        self._advance(len(q_TNH))
-        return out_1TNH[0]
-
-    def parts(self) -> list[Part]:
-        """What is kept, in order of position: none, one or two runs of keys and values."""
-        parts = [] if self.prefix is None else [self.prefix]
-        if self.tail is not None and self.tail_length:
-            keys, values = self.tail
-            parts.append((keys[:, : self.tail_length], values[:, : self.tail_length]))
-        return parts
-
-    def _append(self, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        end = self.tail_length + len(k_TKH)
-        if self.tail is None or end > self.tail[0].shape[1]:
-            self.tail = self._grown(end, k_TKH)
-        for kept, new_TKH in zip(self.tail, (k_TKH, v_TKH), strict=True):
-            kept[:, self.tail_length : end] = new_TKH.transpose(0, 1)
-        self.tail_length = end
-
-    def _grown(self, needed: int, like_TKH: Tensor) -> Part:
-        """The tail with half as much room again, never room for the longest possible sequence."""
-        capacity = max(needed + SPARE_TOKENS, needed * 3 // 2)
-        if self.chunk_size is not None:
-            capacity = max(needed, min(capacity, self.chunk_size))
-        _, num_heads, head_dim = like_TKH.shape
-        keys, values = (like_TKH.new_empty(num_heads, capacity, head_dim) for _ in range(2))
-        if self.tail is not None:
-            for new, kept in zip((keys, values), self.tail, strict=True):
-                new[:, : self.tail_length] = kept[:, : self.tail_length]
-        return keys, values
-
-    def _advance(self, num_tokens: int) -> None:
-        self.num_tokens += num_tokens
-        if self.chunk_size is not None and self.num_tokens % self.chunk_size == 0:
-            self.prefix, self.tail_length = None, 0
-
-    def share(self) -> LayerCache:
-        """A second cache with the same past; from here on both append to tails of their own."""
-        parts = self.parts()
-        if len(parts) == 2:  # forked before: join once, so that no cache has more than two parts
-            (keys, more_keys), (values, more_values) = zip(*parts, strict=True)
-            parts = [(torch.cat([keys, more_keys], 1), torch.cat([values, more_values], 1))]
-        self.prefix = parts[0] if parts else None
-        self.tail, self.tail_length = None, 0
-        other = LayerCache(self.chunk_size)
-        other.prefix, other.num_tokens = self.prefix, self.num_tokens
+    def copy(self) -> TokenIds:
+        other = TokenIds()
+        other.ids = self.ids[:]
         return other
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ids[index].tolist() if isinstance(index, slice) else self.ids[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"TokenIds({self.ids[:8].tolist()}{'...' if len(self) > 8 else ''}, {len(self)})"
 
 
 class Cache:
     """One sequence: its tokens, every layer's keys and values, the logits of what comes next."""
 
-    def __init__(self, config: TextConfig) -> None:
-        self.config = config
+    def __init__(self, config: TextConfig, options: CacheOptions | None = None) -> None:
+        self.config, self.options = config, options or CacheOptions()
         self.layers = [
-            LayerCache(config.attention_chunk_size if config.uses_rope(i) else None)
+            LayerCache(chunk_size_of(config, i), self.options)
             for i in range(config.num_hidden_layers)
         ]
-        self.tokens: list[int] = []
+        self.tokens = TokenIds()
         self.logits_V: Tensor | None = None  # after the last token; fp32
+        self.model_id: str | None = None  # of the weights that made it, where that is known
 
     @property
     def num_tokens(self) -> int:
@@ -143,15 +87,13 @@ class Cache:
     @property
     def size_bytes(self) -> int:
         """Memory held by keys and values, what is shared with forks included."""
-        held = {}
+        held: dict[int, int] = {}
         for layer in self.layers:
-            for tensor in (*(layer.prefix or ()), *(layer.tail or ())):
-                storage = tensor.untyped_storage()
-                held[storage.data_ptr()] = storage.nbytes()
+            held |= layer.storages()
         return sum(held.values())
 
     def attend(self, layer_idx: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-        """Append k and v, then attend with q. shapes: -> out_BTNH"""
+        """Append k and v, then attend with q, the newest tokens' or none. shapes: -> out as q"""
         assert len(q_BTNH) == 1, "several sequences need a `CacheBatch`"
         return self.layers[layer_idx].attend(q_BTNH[0], k_BTKH[0], v_BTKH[0])[None]
 
@@ -160,59 +102,91 @@ class Cache:
         """Caches that go on from here on their own; what was read is shared, not copied."""
         forks = []
         for _ in range(num_forks):
-            fork = Cache(self.config)
+            fork = Cache(self.config, self.options)
             fork.layers = [layer.share() for layer in self.layers]
-            fork.tokens, fork.logits_V = list(self.tokens), self.logits_V
+            fork.tokens, fork.logits_V = self.tokens.copy(), self.logits_V
+            fork.model_id = self.model_id
             forks.append(fork)
         return forks
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        tensors = {"tokens": torch.tensor(self.tokens, dtype=torch.int64)}
+        tensors = {"tokens": self.tokens.tensor()}
         if self.logits_V is not None:
             tensors["logits"] = self.logits_V
         for i, layer in enumerate(self.layers):
-            parts = layer.parts()
-            if parts:
-                keys, values = zip(*parts, strict=True)
-                tensors[f"layers.{i}.keys"] = torch.cat(keys, 1)
-                tensors[f"layers.{i}.values"] = torch.cat(values, 1)
-        metadata = {"format": FORMAT, "model": _fingerprint(self.config)}
-        # The process id keeps two writers apart; the rename makes the last one whole.
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+            for j, part in enumerate(layer.parts()):
+                named = zip(_names(part), part_tensors(part), strict=True)
+                tensors |= {f"layers.{i}.{j}.{name}": tensor for name, tensor in named}
+        metadata = {
+            "model": _fingerprint(self.config),
+            "weights": self.model_id or "",
+            "kv_dtype": self.options.kv_dtype,
+        }
+        cache_file.write(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: Path, config: TextConfig, device: torch.device | str = "cpu") -> Cache:
-        """Read what `save` wrote for a model of this shape. raises: L4Error for anything else"""
-        what = f"cannot open cache `{path}`"
-        fix = "make it again with `Cache.save`"
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise L4Error(what, why=" ".join(str(error).lower().split()), fix=fix) from error
-        if metadata.get("format") != FORMAT:
-            raise L4Error(what, why=f"it is not marked as `{FORMAT}`", fix=fix)
+    def load(
+        cls,
+        path: Path,
+        config: TextConfig,
+        device: torch.device | str = "cpu",
+        *,
+        model_id: str | None = None,
+    ) -> Cache:
+        """Read what `save` wrote for this model; on a CPU the file is mapped, not copied.
+
+        raises: L4Error for another model's, a damaged one and anything else
+        """
+        metadata, tensors = cache_file.read(path, device)
+        what, fix = f"cannot use cache `{path}`", "remove it, or name another file"
         if metadata.get("model") != _fingerprint(config):
             raise L4Error(what, why="it was made by a model of another config", fix=fix)
-        return cls._from_tensors(config, tensors)
-
-    @classmethod
-    def _from_tensors(cls, config: TextConfig, tensors: dict[str, Tensor]) -> Cache:
-        cache = cls(config)
-        cache.tokens = tensors["tokens"].tolist()
-        cache.logits_V = tensors.get("logits")
-        for i, layer in enumerate(cache.layers):
-            layer.num_tokens = cache.num_tokens
-            if f"layers.{i}.keys" in tensors:
-                layer.prefix = (tensors[f"layers.{i}.keys"], tensors[f"layers.{i}.values"])
+        weights = metadata.get("weights")
+        if weights and model_id and weights != model_id:
+            why = "it was made by a model of this shape with other weights"
+            raise L4Error(what, why=why, fix=fix)
+        try:
+            cache = cls(config, CacheOptions(metadata["kv_dtype"]))  # type: ignore[arg-type]
+            cache._take(tensors)
+        except (KeyError, AssertionError, ValueError) as error:
+            raise L4Error(what, why=f"it is not whole: {error}", fix=fix) from error
+        cache.model_id = weights or model_id
         return cache
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        """Fill an empty cache from a file's tensors."""
+        self.tokens.extend(tensors["tokens"].cpu())
+        self.logits_V = tensors.get("logits")
+        parts: dict[int, dict[int, dict[str, Tensor]]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("layers."):
+                _, layer_idx, part_idx, kind = name.split(".")
+                named = parts.setdefault(int(layer_idx), {}).setdefault(int(part_idx), {})
+                named[kind] = tensor
+        for i, layer in enumerate(self.layers):
+            layer.num_tokens = self.num_tokens
+            found = [_part(named) for _, named in sorted(parts.get(i, {}).items())]
+            layer.sealed = tuple(found)
+            held, size = sum(num_tokens(part) for part in found), layer.chunk_size
+            expected = self.num_tokens if size is None else self.num_tokens % size
+            if held != expected:
+                raise ValueError(f"layer {i} has {held} keys for {expected} tokens")
+
+
+def _names(part: Part) -> tuple[str, ...]:
+    if isinstance(part, Packed):
+        return tuple(f"{name}_{part.bits}" for name in Packed.NAMES)
+    return ("keys", "values")
+
+
+def _part(named: dict[str, Tensor]) -> Part:
+    """A part from its tensors' names. raises: KeyError when one is missing"""
+    if "keys" in named:
+        return named["keys"], named["values"]
+    bits = 8 if "keys_8" in named else 4
+    tensors = tuple(named[f"{name}_{bits}"] for name in Packed.NAMES)
+    return Packed(bits, tensors[0].shape[1], tensors)
 
 
 class CacheBatch:
@@ -228,13 +202,70 @@ class CacheBatch:
 
     def attend(self, layer_idx: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         """Append k and v to each row's cache, then attend with q. shapes: -> out_BTNH"""
-        columns = zip(self.rows, q_BTNH, k_BTKH, v_BTKH, strict=True)
-        return torch.stack([row.layers[layer_idx].attend(q, k, v) for row, q, k, v in columns])
+        layers = [row.layers[layer_idx] for row in self.rows]
+        outs = torch.empty_like(q_BTNH)
+        for rows in _sharing(layers, q_BTNH.shape[1]):
+            if len(rows) == 1:
+                i = rows[0]
+                outs[i] = layers[i].attend(q_BTNH[i], k_BTKH[i], v_BTKH[i])
+            else:
+                forks = [layers[i] for i in rows]
+                outs[rows, 0] = _attend_forks(
+                    forks, *(x[rows, 0] for x in (q_BTNH, k_BTKH, v_BTKH))
+                )
+        return outs
+
+
+def _sharing(layers: list[LayerCache], length: int) -> list[list[int]]:
+    """Which rows read the same sealed parts, when each asks with one token."""
+    groups: dict[int, list[int]] = {}
+    for i, layer in enumerate(layers):
+        is_shared = layer.sealed and length == 1
+        groups.setdefault(id(layer.sealed) if is_shared else -1 - i, []).append(i)
+    return list(groups.values())
+
+
+def _attend_forks(forks: list[LayerCache], q_BNH: Tensor, k_BKH: Tensor, v_BKH: Tensor) -> Tensor:
+    """One new token each: what the forks share is read once for all of them. shapes: -> as q"""
+    sealed = forks[0].sealed
+    num_kv_heads = k_BKH.shape[1]
+    shared_KRH, lse_KR = attend_rows(as_rows(q_BNH, num_kv_heads), sealed)
+    group = shared_KRH.shape[1] // len(forks)
+    outs = []
+    for i, fork in enumerate(forks):
+        rows = slice(i * group, (i + 1) * group)
+        own = fork.add(k_BKH[i, None], v_BKH[i, None])
+        q_KGH = as_rows(q_BNH[i, None], num_kv_heads)
+        outs.append(attend_rows(q_KGH, own, (shared_KRH[:, rows], lse_KR[:, rows]))[0])
+    return as_heads(torch.cat(outs, 1), q_BNH)
+
+
+def chunk_size_of(config: TextConfig, layer_idx: int) -> int | None:
+    """The chunk a layer's attention stays in; None where it sees everything."""
+    return config.attention_chunk_size if config.is_local(layer_idx) else None
+
+
+_IRRELEVANT = (
+    "max_position_embeddings",
+    "router_aux_loss_coef",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    # How layers differ is told one by one.
+    "moe_layers",
+    "interleave_moe_layer_step",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "layer_types",
+)
 
 
 def _fingerprint(config: TextConfig) -> str:
-    """Tell models apart by their shape; weights of one shape cannot be told apart here."""
-    rotated = [config.uses_rope(i) for i in range(config.num_hidden_layers)]
-    sizes = (config.vocab_size, config.hidden_size, config.num_key_value_heads, config.head_dim)
-    shape = [rotated, config.attention_chunk_size, sizes]
-    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()
+    """Tell models apart by what they compute from their weights."""
+    facts = dataclasses.asdict(config)
+    for name in _IRRELEVANT:
+        del facts[name]
+    layers = range(config.num_hidden_layers)
+    kinds = [(config.uses_rope(i), config.is_local(i), config.is_moe(i)) for i in layers]
+    return hashlib.sha256(json.dumps([kinds, facts], sort_keys=True).encode()).hexdigest()

@@ -6,9 +6,12 @@ source: DESIGN section 5; rows of unequal length decode together as in Orca (OSD
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,11 +21,16 @@ from torch import Tensor
 
 from l4cli.errors import L4Error
 from l4cli.inference.cache import Cache, CacheBatch
+from l4cli.inference.kept import CacheOptions
+from l4cli.inference.questions import Questions
 from l4cli.inference.sampler import Sampler, SamplingOptions
 from l4cli.model import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration
 from l4cli.ops.batch import Batch
 
 PREFILL_CHUNK = 2048  # tokens read at once: enough rows for each expert, little memory
+PREFILL_ELEMENTS = 2**20  # of small models more: a layer's states of a piece, 4 MiB in fp32
+MAX_PREFILL_CHUNK = 16384
+FINGERPRINT_ELEMENTS = 4096  # of each tensor that tells models apart
 LOGIT_ELEMENTS = 2**22  # logits held at once when scoring: 16 MiB
 
 Finish = Literal["stop", "length", "context"]
@@ -95,6 +103,7 @@ class Engine:
         *,
         num_token_ids: int | None = None,
         max_context: int | None = None,
+        cache_options: CacheOptions | None = None,
     ) -> None:
         """`num_token_ids`: the tokenizer's; the rows above are padding and are never chosen."""
         self.model = model.eval()
@@ -102,6 +111,30 @@ class Engine:
         self.max_context = max_context or self.config.text.max_position_embeddings
         self.device = next(model.parameters()).device
         self.never = _never_chosen(self.config, num_token_ids).to(self.device)
+        self.cache_options = cache_options or CacheOptions()
+        pieces = PREFILL_ELEMENTS // self.config.text.hidden_size
+        self.prefill_chunk = max(PREFILL_CHUNK, min(MAX_PREFILL_CHUNK, pieces))
+
+    @functools.cached_property
+    def model_id(self) -> str:
+        """Tells these weights from others of the same shape, whatever precision they are in."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.named_parameters()):
+            if weight.ndim == 1 or name.endswith("embed_tokens.weight"):
+                flat = weight.detach().flatten()
+                few = flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]
+                digest.update(few.cpu().bfloat16().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def new_cache(self) -> Cache:
+        """Nothing read yet."""
+        cache = Cache(self.config.text, self.cache_options)
+        cache.model_id = self.model_id
+        return cache
+
+    def load_cache(self, path: Path) -> Cache:
+        """What `Cache.save` wrote for this model. raises: L4Error for another one's"""
+        return Cache.load(path, self.config.text, self.device, model_id=self.model_id)
 
     def check_context(self, num_tokens: int) -> None:
         """raises: L4Error with both numbers when so many tokens do not fit"""
@@ -121,17 +154,18 @@ class Engine:
         pixel_values: Tensor | None = None,
         *,
         cache: Cache | None = None,
-        chunk_size: int = PREFILL_CHUNK,
+        chunk_size: int | None = None,
         routing: RoutingRecord | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Cache:
-        """Read a prompt, `chunk_size` tokens at once but never a part of a tile.
+        """Read a prompt, about `chunk_size` tokens at once but never a part of a tile.
 
         `on_progress` hears how many are read; if it raises, the cache holds exactly those.
         """
-        cache = cache or Cache(self.config.text)
+        cache = cache or self.new_cache()
         ids = _as_ids(tokens)
-        for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, routing):
+        needs = 1 if routing is None else None  # whose choices are noted goes through all layers
+        for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, routing, needs):
             if rows.stop == len(ids):
                 cache.logits_V = self.model.lm_head(hidden_TD[-1]).float()
             if on_progress is not None:
@@ -145,7 +179,7 @@ class Engine:
         pixel_values: Tensor | None = None,
         *,
         cache: Cache | None = None,
-        chunk_size: int = PREFILL_CHUNK,
+        chunk_size: int | None = None,
     ) -> Tensor:
         """Log-probability of each token given all before it, fp32.
 
@@ -155,22 +189,60 @@ class Engine:
         parts = []
         if cache is not None and cache.logits_V is not None:
             parts.append(cache.logits_V.log_softmax(-1)[ids[:1].to(self.device)])
-        cache = cache or Cache(self.config.text)
-        for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, None):
+        cache = cache or self.new_cache()
+        for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, None, None):
             next_ids = ids[rows.start + 1 : rows.stop + 1].to(self.device)
-            parts.append(self._logprobs(hidden_TD[: len(next_ids)], next_ids))
+            if len(next_ids):
+                parts.append(self._judged(hidden_TD[: len(next_ids)], next_ids)[0])
             if rows.stop == len(ids):
                 cache.logits_V = self.model.lm_head(hidden_TD[-1]).float()
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def _logprobs(self, hidden_TD: Tensor, ids_T: Tensor) -> Tensor:
-        """Log-probability of one id at each position, never with all logits at once."""
+    def _judged(self, hidden_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of one id at each position and the likeliest id, in small pieces."""
         rows = max(1, LOGIT_ELEMENTS // self.config.text.vocab_size)
-        parts = [ids_T.new_empty(0, dtype=torch.float32)]
-        for hidden, ids in zip(hidden_TD.split(rows), ids_T.split(rows), strict=True):
-            logits_TV = self.model.lm_head(hidden).float()
-            parts.append(-F.cross_entropy(logits_TV, ids, reduction="none"))
-        return torch.cat(parts)
+        pieces = zip(hidden_TD.split(rows), ids_T.split(rows), strict=True)
+        parts = [_judge(self.model.lm_head(h).float(), ids, self.never) for h, ids in pieces]
+        logprobs, likeliest = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(likeliest)
+
+    @torch.inference_mode()
+    def score_many(self, cache: Cache, continuations: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        """What the model thinks of several continuations of one past, which stays as it is.
+
+        shapes: -> for each of n ids, their log-probabilities [n] fp32 and the likeliest ids [n]
+        """
+        assert cache.logits_V is not None, "the cache has read nothing"
+        all_ids = [_as_ids(tokens) for tokens in continuations]
+        for ids in all_ids:
+            _check_ids(ids, self.config.text.vocab_size)
+            self.check_context(cache.num_tokens + len(ids))
+        results = []
+        for group in _groups([len(ids) for ids in all_ids], self.prefill_chunk):
+            results += self._score_group(cache, all_ids[group])
+        return results
+
+    def _score_group(self, cache: Cache, all_ids: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Continuations side by side in one row, each seeing the past and itself."""
+        assert cache.logits_V is not None
+        heads = [ids[:-1] for ids in all_ids]  # what follows the last token is not asked
+        lengths = [len(ids) for ids in heads]
+        ids_1M = torch.cat([*heads, torch.empty(0, dtype=torch.int64)])[None].to(self.device)
+        targets = [ids.to(self.device) for ids in all_ids]
+        first = [_judge(cache.logits_V[None], ids[:1], self.never) for ids in targets]
+        if ids_1M.shape[1] == 0:
+            return first
+        positions = [cache.num_tokens + torch.arange(n, device=self.device) for n in lengths]
+        batch = Batch.continuing(ids_1M, torch.cat(positions)[None])
+        questions = Questions(cache.layers, cache.num_tokens, lengths)
+        hidden_MD = self.model.hidden(batch, questions)[0]
+        next_ids = torch.cat([ids[1:] for ids in targets])
+        logprobs, argmax = self._judged(hidden_MD, next_ids)
+        rest = zip(logprobs.split(lengths), argmax.split(lengths), strict=True)
+        return [
+            (torch.cat([a, c]), torch.cat([b, d]))
+            for (a, b), (c, d) in zip(first, rest, strict=True)
+        ]
 
     def generate(self, requests: Sequence[Request], max_batch_size: int = 16) -> Iterator[Event]:
         """Continue every request, up to `max_batch_size` side by side; their events interleave."""
@@ -196,7 +268,7 @@ class Engine:
 
     def _start(self, index: int, request: Request) -> _Row:
         """Read a request's prompt."""
-        cache = request.cache or Cache(self.config.text)
+        cache = request.cache or self.new_cache()
         record = RoutingRecord() if request.wants_experts else None
         if len(request.tokens):
             self.prefill(request.tokens, request.pixel_values, cache=cache, routing=record)
@@ -242,13 +314,18 @@ class Engine:
         ids_T: Tensor,
         pixel_values: Tensor | None,
         cache: Cache,
-        chunk_size: int,
+        chunk_size: int | None,
         routing: RoutingRecord | None,
+        num_needed: int | None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Feed ids piece by piece. shapes: -> the piece's rows, hidden_TD"""
+        """Feed ids piece by piece. shapes: -> the piece's rows, hidden_TD
+
+        `num_needed`: of how many tokens at the very end states are wanted; None: of all.
+        """
         _check_ids(ids_T, self.config.text.vocab_size)
         self.check_context(cache.num_tokens + len(ids_T))
-        pieces = _prefill_pieces(ids_T, pixel_values, self.config, chunk_size)
+        size = chunk_size or self.prefill_chunk
+        pieces = _prefill_pieces(ids_T, pixel_values, self.config, size)
         cache.logits_V = None
         for rows, tiles in pieces:
             ids_1T = ids_T[None, rows].to(self.device)
@@ -258,9 +335,31 @@ class Engine:
             if pixel_values is not None and tiles.stop > tiles.start:
                 pixels = pixel_values[tiles].to(self.device)
             batch = Batch.continuing(ids_1T, positions_1T, pixels)
-            hidden_1TD = self.model.hidden(batch, cache=cache, routing=routing)
-            cache.tokens.extend(ids_T[rows].tolist())
+            needed = num_needed
+            if needed is not None and rows.stop < len(ids_T):
+                needed = 0
+            hidden_1TD = self.model.hidden(batch, cache, routing, needed)
+            cache.tokens.extend(ids_T[rows])
             yield rows, hidden_1TD[0]
+
+
+def _judge(logits_TV: Tensor, ids_T: Tensor, never: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of ids, and the ids that greedy decoding would choose."""
+    logprobs_T = -F.cross_entropy(logits_TV, ids_T, reduction="none")
+    return logprobs_T, logits_TV.index_fill(-1, never, -torch.inf).argmax(-1)
+
+
+def _groups(lengths: list[int], most: int) -> list[slice]:
+    """Neighbours that together have about `most` tokens."""
+    groups, start, total = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > most:
+            groups.append(slice(start, i))
+            start, total = i, 0
+        total += length
+    if start < len(lengths):
+        groups.append(slice(start, len(lengths)))
+    return groups
 
 
 def _never_chosen(config: Llama4Config, num_token_ids: int | None) -> Tensor:

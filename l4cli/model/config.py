@@ -18,6 +18,20 @@ from typing import Any
 from l4cli.errors import L4Error, UsageError, suggest
 
 PRESETS = ("nano", "mini", "small", "scout", "maverick", "behemoth")
+CHUNKED, FULL = "chunked_attention", "full_attention"  # the values of `layer_types`
+# What RoPE layers with full attention may have of their own: an all-RoPE control stretches these
+# alone. No Llama 4, so such a config has a `model_type` that other programs refuse.
+FULL_ROPE = ("rope_theta", "rope_scaling", "use_qk_norm")
+MODEL_TYPES = {"llama4": True, "llama4_text": False, "l4": True, "l4_text": False}  # has vision
+
+
+@dataclass(frozen=True)
+class RopeOptions:
+    """How one kind of layer rotates."""
+
+    theta: float
+    scaling: dict[str, Any] | None
+    use_qk_norm: bool
 
 
 @dataclass
@@ -43,10 +57,13 @@ class TextConfig:
     no_rope_layers: list[int] | None = None  # 1 where a layer does use RoPE; None: by interval
     no_rope_layer_interval: int = 4
     attention_chunk_size: int | None = 8192  # None: no chunks, full attention everywhere
+    layer_types: list[str] | None = None  # None: chunked where a layer uses RoPE, else full
+    full_rope: dict[str, Any] | None = None  # of RoPE layers that attend in full: see `FULL_ROPE`
     use_qk_norm: bool = True
     attn_temperature_tuning: bool = True
     floor_scale: float = 8192
     attn_scale: float = 0.1
+    scalable_softmax: bool = False  # NoPE queries times s ln(n), s learned by head
     router_aux_loss_coef: float = 0.001
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -55,10 +72,35 @@ class TextConfig:
     pad_token_id: int | None = 200018
 
     def uses_rope(self, layer_idx: int) -> bool:
-        """Whether a layer rotates its queries and keys; those layers are also the chunked ones."""
+        """Whether a layer rotates its queries and keys."""
         if self.no_rope_layers:  # published files hold [], which means the default pattern
             return bool(self.no_rope_layers[layer_idx])
         return (layer_idx + 1) % self.no_rope_layer_interval != 0
+
+    def is_local(self, layer_idx: int) -> bool:
+        """Whether a layer's queries see their own chunk only; published: the layers with RoPE."""
+        if self.attention_chunk_size is None:
+            return False
+        if self.layer_types:
+            return self.layer_types[layer_idx] == CHUNKED
+        return self.uses_rope(layer_idx)
+
+    def rope_of(self, layer_idx: int) -> RopeOptions:
+        """How a layer that uses RoPE rotates."""
+        theta, scaling, norm = self.rope_theta, self.rope_scaling, self.use_qk_norm
+        if self.full_rope is None or self.is_local(layer_idx):
+            return RopeOptions(theta, scaling, norm)
+        own = self.full_rope
+        return RopeOptions(
+            own.get("rope_theta", theta),
+            own.get("rope_scaling", scaling),
+            own.get("use_qk_norm", norm),
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is a Llama 4 that other programs compute alike."""
+        return self.full_rope is None and not self.scalable_softmax
 
     def is_moe(self, layer_idx: int) -> bool:
         """Whether a layer's feed-forward is a mixture of experts."""
@@ -119,14 +161,14 @@ class Llama4Config:
         raises: L4Error for another architecture or impossible sizes
         """
         model_type = keys.get("model_type")
-        if model_type not in ("llama4", "llama4_text"):
+        if model_type not in MODEL_TYPES:
             why = f"`model_type` is `{model_type}`, not `llama4` or `llama4_text`"
             fix = "pass a Llama 4 `config.json`"
             raise L4Error(f"cannot use `{source}` as a model config", why=why, fix=fix)
         try:
             _check_types(TextConfig, keys.get("text_config") or keys)
             _check_types(VisionConfig, keys.get("vision_config") or {})
-            if model_type == "llama4_text":
+            if not MODEL_TYPES[model_type]:
                 return cls(text=_text_from(keys), vision=None)
             vision = keys.get("vision_config")
             indices = ("boi_token_index", "eoi_token_index", "image_token_index")
@@ -159,7 +201,13 @@ class Llama4Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Hugging Face's keys as published: `rope_theta` beside `rope_scaling`."""
-        text = {**dataclasses.asdict(self.text), "model_type": "llama4_text", "hidden_act": "silu"}
+        # Readers that do not know what is special about it must not take it for a Llama 4.
+        kind = "llama4" if self.text.is_plain else "l4"
+        text = {**dataclasses.asdict(self.text), "model_type": f"{kind}_text"}
+        text = {k: v for k, v in text.items() if k not in _OWN_KEYS or not self.text.is_plain}
+        text["hidden_act"] = "silu"
+        if text["layer_types"] is None:
+            del text["layer_types"]
         text |= {"attention_bias": False, "attention_dropout": 0.0, "use_cache": True}
         layers = range(self.text.num_hidden_layers)
         # Written out: readers disagree on what an absent list means.
@@ -173,7 +221,7 @@ class Llama4Config:
         vision |= {"vision_feature_select_strategy": "default", "initializer_range": 0.02}
         return {
             "architectures": ["Llama4ForConditionalGeneration"],
-            "model_type": "llama4",
+            "model_type": kind,
             "boi_token_index": self.boi_token_index,
             "eoi_token_index": self.eoi_token_index,
             "image_token_index": self.image_token_index,
@@ -181,6 +229,9 @@ class Llama4Config:
             "text_config": text,
             "vision_config": vision,
         }
+
+
+_OWN_KEYS = ("full_rope", "scalable_softmax")
 
 
 def _flat_rope(keys: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +266,7 @@ def _pick(cls: type, keys: dict[str, Any]) -> Any:
     """Build a config from the keys it knows; foreign keys carry nothing for us."""
     names = {f.name for f in dataclasses.fields(cls)}
     optional = {"rope_scaling", "moe_layers", "no_rope_layers", "attention_chunk_size"}
+    optional |= {"layer_types", "full_rope"}
     optional |= {"bos_token_id", "eos_token_id", "pad_token_id"}
     known = {k: v for k, v in keys.items() if k in names and (v is not None or k in optional)}
     return cls(**known)
@@ -262,18 +314,45 @@ def _check_text(text: TextConfig) -> None:
     _require(not rope_flags or len(rope_flags) == text.num_hidden_layers, why)
     outside = [i for i in text.moe_layers or [] if not 0 <= i < text.num_hidden_layers]
     _require(not outside, f"`moe_layers` names {outside}, of {text.num_hidden_layers} layers")
+    kinds = text.layer_types
+    why = f"`layer_types` has {len(kinds or [])} entries, not {text.num_hidden_layers}"
+    _require(not kinds or len(kinds) == text.num_hidden_layers, why)
+    unknown = [kind for kind in kinds or [] if kind not in (CHUNKED, FULL)]
+    _require(not unknown, f"`layer_types` names {unknown}; known are `{CHUNKED}` and `{FULL}`")
     _check_rope_scaling(text.rope_scaling or {})
+    unknown = [key for key in text.full_rope or {} if key not in FULL_ROPE]
+    _require(not unknown, f"`full_rope` has {unknown}; known are {list(FULL_ROPE)}")
+    theta = (text.full_rope or {}).get("rope_theta", 1.0)
+    is_number = isinstance(theta, int | float) and 0 < theta < math.inf
+    _require(is_number, f"`full_rope` has `rope_theta` {theta!r}, not a number above 0")
+    _check_rope_scaling((text.full_rope or {}).get("rope_scaling") or {})
+    both = text.scalable_softmax and text.attn_temperature_tuning
+    why = "`scalable_softmax` and `attn_temperature_tuning` are both on; each scales NoPE queries"
+    _require(not both, why)
     _require(not text.tie_word_embeddings, "`tie_word_embeddings` is true; Llama 4 unties them")
+
+
+_ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+_ROPE_OPTIONS = ("attention_factor", "beta_fast", "beta_slow")  # of `yarn`
 
 
 def _check_rope_scaling(scaling: dict[str, Any]) -> None:
     rope_type = scaling.get("rope_type", "default")
-    why = f"`rope_scaling` is of type `{rope_type}`; known are `default` and `llama3`"
-    _require(rope_type in ("default", "llama3"), why)
-    if rope_type == "default":
-        return
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in names:
+    known = ", ".join(f"`{name}`" for name in _ROPE_TYPES)
+    why = f"`rope_scaling` is of type `{rope_type}`; known are {known}"
+    _require(rope_type in _ROPE_TYPES, why)
+    given = [name for name in _ROPE_OPTIONS if scaling.get(name) is not None]
+    for name in [*_ROPE_TYPES[rope_type], *given]:
         value = scaling.get(name)
         is_number = isinstance(value, int | float) and value > 0
         _require(is_number, f"`rope_scaling` has `{name}` {value!r}, not a number above 0")

@@ -6,6 +6,8 @@ source: HF Llama4ForCausalLM, Llama4ForConditionalGeneration (transformers 5.23)
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,14 +40,18 @@ class Llama4ForCausalLM(nn.Module):
         return self.lm_head(self.hidden(batch))
 
     def hidden(
-        self, batch: Batch, cache: Cache | None = None, routing: Routing | None = None
+        self,
+        batch: Batch,
+        cache: Cache | None = None,
+        routing: Routing | None = None,
+        num_needed: int | None = None,
     ) -> Tensor:
-        """The normed states that `lm_head` reads. shapes: -> h_BTD"""
+        """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD"""
         if batch.pixel_values is not None:
             fix = "use a checkpoint with vision, or leave the pictures out"
             raise L4Error("pictures given to a text model", why="it has no encoder", fix=fix)
         h_BTD = _embed(self.model, batch.input_ids, self.compute_dtype)
-        return self.model(h_BTD, batch, cache, routing, self.checkpoint_layers)
+        return self.model(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed)
 
 
 class Llama4ForConditionalGeneration(nn.Module):
@@ -79,14 +85,18 @@ class Llama4ForConditionalGeneration(nn.Module):
         return self.lm_head(self.hidden(batch))
 
     def hidden(
-        self, batch: Batch, cache: Cache | None = None, routing: Routing | None = None
+        self,
+        batch: Batch,
+        cache: Cache | None = None,
+        routing: Routing | None = None,
+        num_needed: int | None = None,
     ) -> Tensor:
-        """The normed states that `lm_head` reads. shapes: -> h_BTD"""
+        """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD"""
         text = self.language_model.model
         h_BTD = _embed(text, batch.input_ids, self.compute_dtype)
         if batch.pixel_values is not None:
             h_BTD = self._fuse(h_BTD, batch.input_ids, self.picture_features(batch.pixel_values))
-        return text(h_BTD, batch, cache, routing, self.checkpoint_layers)
+        return text(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed)
 
     def picture_features(self, pixel_values: Tensor) -> Tensor:
         """Encode tiles. shapes: [tiles, 3, S, S] -> [tiles * tokens_per_tile, D]"""
@@ -160,6 +170,9 @@ def _first_values(name: str, weight: Tensor, gain: float, generator: torch.Gener
         return torch.zeros(weight.shape)
     if weight.ndim == 1 and name.endswith("weight"):
         return torch.ones(weight.shape)
+    if name.endswith("softmax_scale"):
+        # Queries begin with a temperature of 1 at 512 keys.
+        return torch.full(weight.shape, 1 / math.log(512))
     values = torch.randn(weight.shape, generator=generator)
     if name.endswith("embed_tokens.weight"):
         return values

@@ -41,6 +41,7 @@ def _text_groups(text: TextConfig) -> dict[str, int]:
     q_width = text.num_attention_heads * text.head_dim
     kv_width = text.num_key_value_heads * text.head_dim
     expert = 3 * hidden * text.intermediate_size
+    nope = sum(not text.uses_rope(i) for i in range(layers)) if text.scalable_softmax else 0
     return {
         "embed_tokens": text.vocab_size * hidden,
         "lm_head": text.vocab_size * hidden,
@@ -49,7 +50,7 @@ def _text_groups(text: TextConfig) -> dict[str, int]:
         "shared experts": num_moe * expert,
         "routers": num_moe * text.num_local_experts * hidden,
         "dense MLPs": (layers - num_moe) * 3 * hidden * text.intermediate_size_mlp,
-        "norms": (2 * layers + 1) * hidden,
+        "norms": (2 * layers + 1) * hidden + nope * text.num_attention_heads,
     }
 
 

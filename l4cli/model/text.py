@@ -14,19 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from l4cli.model.config import TextConfig
+from l4cli.model.config import RopeOptions, TextConfig
 from l4cli.model.layers import MLP, Embedding, Linear, RMSNorm
 from l4cli.ops.attention import AttentionPlans, segment_attention
 from l4cli.ops.batch import Batch
 from l4cli.ops.moe import Routing, route, routed_experts
-from l4cli.ops.rope import inverse_frequencies, rotate, rotate_unit, rotation
+from l4cli.ops.rope import (
+    attention_factor,
+    inverse_frequencies,
+    rotate,
+    rotate_unit,
+    rotation,
+)
 
 
 class Cache(Protocol):
     """Keys and values of what was read before; decides what is kept and how it is attended."""
 
     def attend(self, layer_idx: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-        """Append k and v, then attend with q. shapes: -> out_BTNH"""
+        """Append k and v, then attend with q: the newest tokens' or none. shapes: -> out as q"""
 
 
 @dataclass
@@ -34,6 +40,8 @@ class LayerInput:
     """What all layers of one forward pass share."""
 
     turn_BTH: Tensor  # complex64 [B, T, H / 2]
+    full_turn_BTH: Tensor  # of layers that rotate and attend in full; mostly the same
+    log_length_BT: Tensor | None  # ln of how many keys a full layer's query sees
     temperature_BT: Tensor | None
     plans: AttentionPlans | None  # None with a cache
     cache: Cache | None
@@ -46,33 +54,44 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx, self.head_dim = layer_idx, config.head_dim
-        self.uses_rope = config.uses_rope(layer_idx)
-        self.qk_norm_eps = config.rms_norm_eps if config.use_qk_norm else None
+        self.uses_rope, self.is_local = config.uses_rope(layer_idx), config.is_local(layer_idx)
+        use_qk_norm = config.rope_of(layer_idx).use_qk_norm
+        self.qk_norm_eps = config.rms_norm_eps if use_qk_norm else None
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_width, bias=False)  # [N*H, D]
         self.k_proj = Linear(config.hidden_size, kv_width, bias=False)  # [K*H, D]
         self.v_proj = Linear(config.hidden_size, kv_width, bias=False)  # [K*H, D]
         self.o_proj = Linear(q_width, config.hidden_size, bias=False)  # [D, N*H]
+        self.softmax_scale = None
+        if config.scalable_softmax and not self.uses_rope:
+            self.softmax_scale = nn.Parameter(torch.empty(config.num_attention_heads))  # [N]
 
-    def forward(self, x_BTD: Tensor, shared: LayerInput) -> Tensor:
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+    def forward(self, x_BTD: Tensor, shared: LayerInput, num_needed: int | None = None) -> Tensor:
+        """Of all positions keys and values are kept; the last `num_needed` ask, or all."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, num_needed)
+        first = k_BTKH.shape[1] - q_BTNH.shape[1]
+        turn_BTH = shared.turn_BTH if self.is_local else shared.full_turn_BTH
         if self.uses_rope and self.qk_norm_eps is not None:
-            q_BTNH = rotate_unit(q_BTNH, shared.turn_BTH, self.qk_norm_eps)
-            k_BTKH = rotate_unit(k_BTKH, shared.turn_BTH, self.qk_norm_eps)
+            q_BTNH = rotate_unit(q_BTNH, turn_BTH[:, first:], self.qk_norm_eps)
+            k_BTKH = rotate_unit(k_BTKH, turn_BTH, self.qk_norm_eps)
         elif self.uses_rope:
-            q_BTNH, k_BTKH = rotate(q_BTNH, shared.turn_BTH), rotate(k_BTKH, shared.turn_BTH)
+            q_BTNH, k_BTKH = rotate(q_BTNH, turn_BTH[:, first:]), rotate(k_BTKH, turn_BTH)
+        elif self.softmax_scale is not None:
+            assert shared.log_length_BT is not None
+            scale_BTN = shared.log_length_BT[:, first:].unsqueeze(-1) * self.softmax_scale
+            q_BTNH = (q_BTNH * scale_BTN.unsqueeze(-1)).to(x_BTD.dtype)
         elif shared.temperature_BT is not None:
-            q_BTNH = (q_BTNH * shared.temperature_BT[..., None, None]).to(x_BTD.dtype)
+            q_BTNH = (q_BTNH * shared.temperature_BT[:, first:, None, None]).to(x_BTD.dtype)
         if shared.cache is not None:
             out_BTNH = shared.cache.attend(self.layer_idx, q_BTNH, k_BTKH, v_BTKH)
         else:
             assert shared.plans is not None
-            plan = shared.plans.local if self.uses_rope else shared.plans.document
+            plan = shared.plans.local if self.is_local else shared.plans.document
             out_BTNH = segment_attention(q_BTNH, k_BTKH, v_BTKH, plan)
         return self.o_proj(out_BTNH.flatten(-2))
 
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, x_BTD: Tensor, num_needed: int | None = None) -> tuple[Tensor, ...]:
         """Queries, keys and values by head."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if torch.is_grad_enabled():
@@ -81,7 +100,8 @@ class Attention(nn.Module):
             widths = [p.out_features for p in projections]
             parts = list(F.linear(x_BTD, weight).split(widths, dim=-1))
         else:
-            parts = [projection(x_BTD) for projection in projections]
+            newest_BTD = _newest(x_BTD, num_needed)
+            parts = [self.q_proj(newest_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)]
         return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
 
@@ -142,8 +162,11 @@ class DecoderLayer(nn.Module):
             else MLP(config.hidden_size, config.intermediate_size_mlp)
         )
 
-    def forward(self, h_BTD: Tensor, shared: LayerInput) -> Tensor:
-        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD), shared)
+    def forward(self, h_BTD: Tensor, shared: LayerInput, num_needed: int | None = None) -> Tensor:
+        x_BTD = self.input_layernorm(h_BTD)
+        h_BTD = _newest(h_BTD, num_needed) + self.self_attn(x_BTD, shared, num_needed)
+        if h_BTD.shape[1] == 0:
+            return h_BTD
         x_BTD = self.post_attention_layernorm(h_BTD)
         if self.is_moe:
             return h_BTD + self.feed_forward(x_BTD, shared)
@@ -161,7 +184,7 @@ class TextModel(nn.Module):
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.inverse_frequencies: Tensor | None = None  # a constant, made at first use
+        self.frequencies: list[tuple[Tensor, float]] | None = None  # made at first use
 
     def forward(
         self,
@@ -170,11 +193,18 @@ class TextModel(nn.Module):
         cache: Cache | None = None,
         routing: Routing | None = None,
         checkpoint_layers: bool = False,
+        num_needed: int | None = None,
     ) -> Tensor:
-        """Run the layers over embeddings. shapes: h [B, T, D] -> same"""
+        """Run the layers over embeddings. shapes: h [B, T, D] -> same, or its last `num_needed`
+
+        The last layer is spared positions that nobody asks for; their keys and values are kept.
+        """
         shared = self._shared_input(h_BTD, batch, cache, routing)
-        for layer in self.layers:
-            if checkpoint_layers and h_BTD.requires_grad:
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            if num_needed is not None and i == last:
+                h_BTD = layer(h_BTD, shared, num_needed)
+            elif checkpoint_layers and h_BTD.requires_grad:
                 # Nothing in a layer is random, and passes on other threads share the generator.
                 h_BTD = checkpoint(
                     layer, h_BTD, shared, use_reentrant=False, preserve_rng_state=False
@@ -187,16 +217,40 @@ class TextModel(nn.Module):
         self, h_BTD: Tensor, batch: Batch, cache: Cache | None, routing: Routing | None
     ) -> LayerInput:
         config = self.config
-        if self.inverse_frequencies is None or self.inverse_frequencies.device != h_BTD.device:
-            inverse = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-            self.inverse_frequencies = inverse.to(h_BTD.device)
         plans = None
         if cache is None:
             assert batch.segments is not None, "without a cache a batch names its segments"
             num_positions = batch.input_ids.numel()
             plans = AttentionPlans.from_segments(batch.segments, num_positions, h_BTD.device)
-        turn_BTH = rotation(batch.position_ids, self.inverse_frequencies)
-        return LayerInput(turn_BTH, _temperature(config, batch), plans, cache, routing)
+        turns = [
+            rotation(batch.position_ids, inverse, length)
+            for inverse, length in self._frequencies(h_BTD.device)
+        ]
+        log_length_BT = None
+        if config.scalable_softmax:
+            log_length_BT = (batch.position_ids + 1).float().log()
+        return LayerInput(
+            turns[0], turns[-1], log_length_BT, _temperature(config, batch), plans, cache, routing
+        )
+
+    def _frequencies(self, device: torch.device) -> list[tuple[Tensor, float]]:
+        """Angles and length of the turn: one for all layers, or local ones and then full ones."""
+        if self.frequencies is None or self.frequencies[0][0].device != device:
+            config = self.config
+            layers = [i for i in range(config.num_hidden_layers) if config.uses_rope(i)]
+            kinds = [RopeOptions(config.rope_theta, config.rope_scaling, config.use_qk_norm)]
+            kinds += [r for r in map(config.rope_of, layers) if r != kinds[0]][:1]
+            self.frequencies = []
+            for rope in kinds:
+                inverse = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
+                # A norm after the turn cancels its length, as in transformers.
+                length = 1.0 if rope.use_qk_norm else attention_factor(rope.scaling)
+                self.frequencies.append((inverse.to(device), length))
+        return self.frequencies
+
+
+def _newest(x_BTD: Tensor, num_needed: int | None) -> Tensor:
+    return x_BTD if num_needed is None else x_BTD[:, x_BTD.shape[1] - num_needed :]
 
 
 def _temperature(config: TextConfig, batch: Batch) -> Tensor | None:

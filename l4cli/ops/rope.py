@@ -1,7 +1,7 @@
 """Rotary positions: angles from positions, and the rotation of interleaved pairs.
 
 in: position_ids, q or k [B, T, N, H]; out: the same shapes, pairs (x[2j], x[2j+1]) turned
-source: HF Llama4TextRotaryEmbedding, Llama4VisionRotaryEmbedding, `_compute_llama3_parameters`
+source: HF Llama4TextRotaryEmbedding, Llama4VisionRotaryEmbedding, `ROPE_INIT_FUNCTIONS`
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from l4cli.ops.norm import unit_rms
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
-    """Angle per position of each pair, fp32 [head_dim / 2], with llama3-type scaling.
+    """Angle per position of each pair, fp32 [head_dim / 2], stretched as `scaling` says.
 
     Not from fp64: at positions near 10M the fp32 rounding is part of the published model.
     """
+    rope_type = (scaling or {}).get("rope_type", "default")
+    if rope_type == "yarn":
+        assert scaling is not None
+        return _yarn(head_dim, theta, scaling)
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     inverse = 1.0 / (theta**exponent)
-    if not scaling or scaling.get("rope_type", "default") == "default":
+    if not scaling or rope_type == "default":
         return inverse
+    if rope_type == "linear":
+        return inverse / float(scaling["factor"])
     factor, low, high = (
         float(scaling[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")
     )
@@ -40,10 +46,35 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | N
     return torch.where(is_middle, blended, scaled)
 
 
-def rotation(position_ids_BT: Tensor, inverse: Tensor) -> Tensor:
-    """The turn of each position and pair as complex64 [B, T, H / 2]."""
+def _yarn(head_dim: int, theta: float, scaling: dict[str, Any]) -> Tensor:
+    """Fast pairs as they are, slow ones interpolated, a ramp between (arXiv 2309.00071)."""
+    frequency = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    trained = float(scaling["original_max_position_embeddings"])
+
+    def pair_that_turns(times: float) -> float:
+        """Which pair turns so often within the trained length."""
+        return head_dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.get("beta_slow") or 1)), head_dim - 1)
+    span = high - low or 0.001
+    slow = ((torch.arange(head_dim // 2).float() - low) / span).clamp(0, 1)
+    return (1 / (float(scaling["factor"]) * frequency)) * slow + (1 / frequency) * (1 - slow)
+
+
+def attention_factor(scaling: dict[str, Any] | None) -> float:
+    """What queries and keys are each multiplied with: above 1 for YaRN only."""
+    if not scaling or scaling.get("rope_type") != "yarn":
+        return 1.0
+    given = scaling.get("attention_factor")
+    factor = float(scaling["factor"])
+    return float(given) if given is not None else 0.1 * math.log(max(factor, 1.0)) + 1
+
+
+def rotation(position_ids_BT: Tensor, inverse: Tensor, length: float = 1.0) -> Tensor:
+    """The turn of each position and pair, times `length`, as complex64 [B, T, H / 2]."""
     angle = position_ids_BT.float().unsqueeze(-1) * inverse.to(position_ids_BT.device)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.polar(torch.full_like(angle, length), angle)
 
 
 def rotate(x_BTNH: Tensor, turn_BTH: Tensor) -> Tensor:

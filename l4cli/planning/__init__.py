@@ -18,10 +18,19 @@ from l4cli.planning.plan import (
     plan_training,
     require_training_fits,
 )
+from l4cli.planning.reading import (
+    Machine,
+    ReadingPlan,
+    parse_gpus,
+    plan_reading,
+    this_machine,
+)
 from l4cli.planning.summary import describe_config
 
 __all__ = [
     "TYPICAL_MFU",
+    "Machine",
+    "ReadingPlan",
     "TrainingPlan",
     "active_matmul_parameters",
     "available_memory",
@@ -31,8 +40,11 @@ __all__ = [
     "inference_bytes",
     "largest_fitting_preset",
     "mean_attended",
+    "parse_gpus",
+    "plan_reading",
     "plan_training",
     "require_training_fits",
+    "this_machine",
     "training_bytes",
     "vision_flops_per_tile",
 ]

@@ -47,7 +47,7 @@ def active_matmul_parameters(text: TextConfig) -> int:
 def mean_attended(text: TextConfig, layer_idx: int, length: float) -> float:
     """Keys a query of a document of this length sees on average, itself included."""
     chunk = text.attention_chunk_size
-    if chunk is None or not text.uses_rope(layer_idx) or length <= chunk:
+    if chunk is None or not text.is_local(layer_idx) or length <= chunk:
         return (length + 1) / 2
     whole, rest = divmod(length, chunk)
     return (whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2) / length

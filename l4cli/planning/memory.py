@@ -54,7 +54,7 @@ def inference_bytes(
     item = ITEM_BYTES[dtype]
     positions = sum(
         min(context_length, text.attention_chunk_size or context_length)
-        if text.uses_rope(i)
+        if text.is_local(i)
         else context_length
         for i in range(text.num_hidden_layers)
     )

@@ -140,6 +140,26 @@ def test_load_refuses_what_it_cannot_use(tmp_path):
         Cache.load(path, model.config.text)
 
 
+def test_another_model_of_the_same_shape_is_refused(tmp_path):
+    path = tmp_path / "prefix.safetensors"
+    Engine(text_model()).prefill(random_ids(10)).save(path)
+    with pytest.raises(L4Error, match="of this shape with other weights"):
+        Engine(text_model(seed=1)).load_cache(path)
+    # The same weights in another precision are the same model.
+    half = Engine(text_model().bfloat16())
+    assert half.load_cache(path).num_tokens == 10
+
+
+def test_a_cache_that_lost_a_layer_is_refused(tmp_path):
+    model = text_model()
+    path = tmp_path / "prefix.safetensors"
+    cache = Engine(model).prefill(random_ids(10))
+    cache.layers[3].sealed, cache.layers[3].tail_length = (), 0
+    cache.save(path)
+    with pytest.raises(L4Error, match="not whole: layer 3 has 0 keys for 10 tokens"):
+        Cache.load(path, model.config.text)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_and_its_log_sum_exp(is_causal, dtype):

@@ -49,6 +49,17 @@ MAVERICK = {
     "use_qk_norm": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+ALL_ROPE = {
+    "no_rope_layers": [1, 1, 1, 1, 1],
+    "layer_types": [*["chunked_attention"] * 3, "full_attention", "chunked_attention"],
+}
+
+
+def rope(kind: str, **options: float) -> dict[str, Any]:
+    """`rope_parameters` of a kind."""
+    return {"rope_type": kind, "rope_theta": 100.0, **options}
+
+
 VISION: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 256,

@@ -16,6 +16,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     "middle band": {
         "rope_parameters": {**oracle.LLAMA3_ROPE, "factor": 8.0, "high_freq_factor": 4.0}
     },
+    "every layer with RoPE, one of them in full": oracle.ALL_ROPE,
+    "linear": {**oracle.ALL_ROPE, "rope_parameters": oracle.rope("linear", factor=4.0)},
+    "yarn": {
+        **oracle.ALL_ROPE,
+        "use_qk_norm": False,
+        "rope_parameters": oracle.rope(
+            "yarn", factor=4.0, original_max_position_embeddings=24, beta_fast=8.0
+        ),
+    },
+    "yarn with QK norm": {
+        **oracle.ALL_ROPE,
+        "rope_parameters": oracle.rope("yarn", factor=2.5, original_max_position_embeddings=64),
+    },
 }
 
 

@@ -89,13 +89,13 @@ def test_unknown_preset_names_the_nearest() -> None:
         ({"hidden_size": 0}, "hidden_size"),
         ({"num_experts_per_tok": 99}, "num_experts_per_tok"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
         ({"head_dim": 31}, "head_dim"),
         ({"hidden_size": "many"}, "hidden_size"),
         ({"rms_norm_eps": "a"}, "rms_norm_eps"),
         ({"moe_layers": [99]}, "moe_layers"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "linear"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "dynamic"),
     ],
 )
 def test_impossible_configs_are_refused(change: dict, word: str) -> None:
