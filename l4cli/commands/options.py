@@ -11,7 +11,13 @@ import typer
 from l4cli.errors import UsageError
 
 LENGTHS = {"": 1, "k": 1 << 10, "m": 1 << 20}  # of rows and contexts
+WINDOW_ROWS = 16  # long rows need a larger window to find fitting pieces
+_WINDOW_TOKENS = 1 << 21
 COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}  # of tokens
+
+
+DEFAULT_FPS = 1.0  # frames a second of a video
+DEFAULT_MAX_FRAMES = 64
 
 
 class Device(StrEnum):
@@ -27,7 +33,18 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="only errors and warn
 Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="seed of everything random")
 ]
+Fps = Annotated[
+    float, typer.Option("--fps", min=0.001, max=1000, help="frames to take a second of a video")
+]
+MaxFrames = Annotated[
+    int, typer.Option("--max-frames", min=1, help="most frames of a video, then spread evenly")
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="where to compute")]
+
+
+def default_window(seq_len: int) -> int:
+    """Tokens packed and shuffled at a time when nothing is said."""
+    return max(_WINDOW_TOKENS, WINDOW_ROWS * seq_len)
 
 
 def parse_number(text: str, option: str, example: str, units: dict[str, int]) -> int:

@@ -32,17 +32,30 @@ class Question:
     """One question about a text."""
 
     prompt: str  # follows the text; ends where the answer begins, an answer's prefix included
-    answers: tuple[str, ...]  # references
+    answers: tuple[str, ...]  # references; a blank that begins one stands after the prompt
     match: Match = Match.exact
     evidence: tuple[int, ...] = ()  # the pieces of the text that hold what must be found
     depth: float | None = None  # percent of the text before the evidence, if it has one place
     labels: tuple[str, ...] = ()  # of `Match.only`: everything that could be an answer
     end: str = ""  # what closes an answer in this format, such as `;`: taught, not scored
+    between: str = ", "  # what stands between several answers
+
+    @property
+    def target(self) -> str:
+        """A right answer as it follows the prompt; where all references count, all of them."""
+        if self.match is not Match.all:
+            return self.answers[0]
+        lead = self.answers[0][: len(self.answers[0]) - len(self.answers[0].lstrip())]
+        return lead + self.between.join(answer.strip() for answer in self.answers)
+
+    def num_tokens(self, tokenizer: Tokenizer) -> int:
+        """Count the tokens of the prompt and of a right answer, each encoded apart."""
+        return len(tokenizer.encode(self.prompt)) + len(tokenizer.encode(self.target))
 
     def score(self, answer: str) -> float:
         """How right an answer is, from 0 to 1."""
         said = answer.lower()
-        references = [reference.lower() for reference in self.answers]
+        references = [reference.strip().lower() for reference in self.answers]
         if self.match is Match.exact:
             return float(answer.lstrip().startswith(self.answers[0].strip()))
         if self.match is Match.all:
@@ -52,7 +65,7 @@ class Question:
         if self.match is Match.only:
             found = {label for label in _lower(self.labels) if label in said.partition(".")[0]}
             return float(found == set(references))
-        first, _, rest = self.answers[0].partition(" ")
+        first, _, rest = self.answers[0].strip().partition(" ")
         said_first, _, said_rest = answer.strip().partition(" ")
         if said_first != first:
             return 0.0

@@ -1,0 +1,180 @@
+"""The model under test: opened from small files first, loaded when everything else is known good.
+
+in: a checkpoint folder, a tokenizer; out: an `Engine`; raises L4Error saying what does not fit
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l4cli import terminal
+from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
+from l4cli.commands.chat_model import DTYPES, has_chat_template
+from l4cli.commands.needle_options import Request
+from l4cli.errors import L4Error, UsageError
+from l4cli.evals.cells import length_text
+from l4cli.evals.needle.engine_subject import EngineSubject, Frame
+from l4cli.inference import CacheOptions, Engine
+from l4cli.model import Llama4Config
+from l4cli.planning import available_memory
+from l4cli.planning.reading import Machine, ReadingPlan, plan_reading
+from l4cli.text import Tokenizer, load_tokenizer
+from l4cli.training.device import torch_device
+from l4cli.training.run_record import environment
+
+_SAMPLED_BYTES = 1 << 16  # of each weights file, at both ends
+_NO_LIMIT = 1 << 60
+
+
+@dataclass(frozen=True)
+class TestedModel:
+    """A checkpoint whose weights are not loaded yet."""
+
+    folder: Path
+    config: Llama4Config
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: str  # auto, fp32, bf16
+    kv_dtype: str = "auto"
+    is_chat: bool = False
+
+    @classmethod
+    def open(cls, request: Request) -> TestedModel:
+        """Read config and tokenizer. raises: UsageError when there is nothing to test"""
+        if request.checkpoint is None:
+            why = "no checkpoint was named"
+            fix = "`l4 needle-test CHECKPOINT`, or `--dry-run --preset scout` without one"
+            raise UsageError("nothing to test", why=why, fix=fix)
+        place = torch_device(request.device.value)
+        folder = resolve_checkpoint(request.checkpoint)
+        config = load_config(folder)
+        found = _tokenizer(folder, request.tokenizer)
+        if found.vocab_size > config.text.vocab_size:
+            named = request.tokenizer or f"in `{folder}`"
+            why = f"{found.vocab_size} tokens, and the model knows {config.text.vocab_size}"
+            fix = "name the one it was trained with: `--tokenizer`"
+            raise L4Error(f"the tokenizer {named} does not fit the model", why=why, fix=fix)
+        kinds = (request.dtype.value, request.kv_dtype.value)
+        return cls(folder, config, found, place, *kinds, request.chat)
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    @property
+    def kind(self) -> str:
+        """How it runs, in a few words."""
+        return f"{self.compute_dtype}, {self.device}"
+
+    @property
+    def reserve(self) -> int:
+        """Tokens around a text and its question."""
+        return Frame.of(self.tokenizer, is_chat=self.is_chat).num_tokens
+
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other models."""
+        return {
+            "model": str(self.folder),
+            "weights": self.weights_id,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+    def weight(self, length: int) -> float:
+        """What a text of this length costs beside others."""
+        return self.plan(length).time_s
+
+    @property
+    def compute_dtype(self) -> str:
+        """What is computed in."""
+        if self.dtype != "auto":
+            return self.dtype
+        stored = open_weights(self.folder)
+        return "fp32" if stored.size_bytes >= 4 * stored.num_parameters else "bf16"
+
+    @cached_property
+    def weights_id(self) -> str:
+        """Tells other weights in the same folder apart, from their sizes and ends."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLED_BYTES))
+                file.seek(max(0, size - _SAMPLED_BYTES))
+                digest.update(file.read(_SAMPLED_BYTES))
+        return digest.hexdigest()[:16]
+
+    def plan(self, length: int) -> ReadingPlan:
+        """What reading a text of this length takes here; rates are none of its business."""
+        free = available_memory(str(self.device))
+        machine = Machine(str(self.device), 1, free, 1.0, 1.0, 1.0)
+        return plan_reading(
+            self.config, length, machine, dtype=self.compute_dtype, kv_dtype=self.kv_dtype
+        )
+
+    def check_lengths(self, lengths: tuple[int, ...]) -> None:
+        """Warn of what was never learned. raises: L4Error for lengths beyond memory"""
+        if self.is_chat and not has_chat_template(self.folder):
+            terminal.warn(f"`{self.folder}` has no chat template: `--chat` may be new to it")
+        limit = self.config.text.max_position_embeddings
+        if lengths[-1] > limit:
+            terminal.warn(
+                f"{length_text(lengths[-1])} tokens are more than `max_position_embeddings` "
+                f"({limit}) of `{self.folder}`: it is tested beyond what it claims"
+            )
+        fitting = None
+        for length in lengths:
+            plan = self.plan(length)
+            if not plan.fits:
+                raise _too_long(plan, fitting)
+            fitting = length
+
+    def subject(self) -> EngineSubject:
+        """Load the weights; the engine takes texts of any length."""
+        model = load_model(self.folder, device=self.device, dtype=DTYPES[self.dtype])
+        engine = Engine(
+            model,
+            num_token_ids=self.tokenizer.vocab_size,
+            max_context=_NO_LIMIT,
+            cache_options=CacheOptions(self.kv_dtype),  # type: ignore[arg-type]
+        )
+        return EngineSubject(engine, self.tokenizer, is_chat=self.is_chat)
+
+    def report(self) -> dict[str, Any]:
+        """What there is to say of the machine afterwards."""
+        return {"machine": environment(self.device)}
+
+
+def _too_long(plan: ReadingPlan, fitting: int | None) -> L4Error:
+    parts = {
+        "weights": plan.weights_bytes,
+        "keys and values": plan.full_cache_bytes + plan.local_cache_bytes,
+        "activations": plan.activation_bytes,
+    }
+    text = terminal.bytes_text
+    listed = ", ".join(f"{name} {text(size)}" for name, size in parts.items())
+    free = text(plan.machine.total_memory_bytes)
+    fix = "use a smaller model or a larger machine"
+    if fitting is not None:
+        fix = f"ask for `--lengths` up to {length_text(fitting)}, or keep less: `--kv-dtype int4`"
+    return L4Error(
+        f"a text of {length_text(plan.num_tokens)} tokens does not fit this machine",
+        why=f"it needs {text(plan.total_bytes)} ({listed}), and {free} is free",
+        fix=fix,
+    )
+
+
+def _tokenizer(folder: Path, named: str | None) -> Tokenizer:
+    if named is not None:
+        return load_tokenizer(named)
+    try:
+        return load_tokenizer(folder)
+    except L4Error as error:
+        fix = "name the one it was trained with: `--tokenizer FOLDER`"
+        raise L4Error(error.what, why=error.why, fix=fix) from None
