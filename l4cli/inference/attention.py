@@ -7,7 +7,7 @@ source: flash attention's log-sum-exp merge (arXiv 2205.14135); torch's kernels 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,19 @@ def attend_causally(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor, past: Sequen
 
     shapes: q_CTNH -> out_CTNH
     """
-    if not past:
-        q, k, v, wide = _by_group(q_CTNH, k_CTKH, v_CTKH)
-        return _from_groups(F.scaled_dot_product_attention(q, k, v, is_causal=True), wide, q_CTNH)
+    if past:
+        return attend_after(q_CTNH, k_CTKH, v_CTKH, lambda q, own: attend_rows(q, past, own))
+    q, k, v, wide = _by_group(q_CTNH, k_CTKH, v_CTKH)
+    return _from_groups(F.scaled_dot_product_attention(q, k, v, is_causal=True), wide, q_CTNH)
+
+
+def attend_after(
+    q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor, see: Callable[[Tensor, Summed], Summed]
+) -> Tensor:
+    """One run, causal inside; `see` joins to that what its rows see of the past.
+
+    shapes: q_CTNH -> out_CTNH; see: q_KRH, what was seen -> out_KRH, log-sum-exp_KR
+    """
     assert len(q_CTNH) == 1
     num_kv_heads = k_CTKH.shape[2]
     out_1TNH, lse_1TN = attend_within(q_CTNH, k_CTKH, v_CTKH)
@@ -48,7 +58,7 @@ def attend_causally(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor, past: Sequen
         as_rows(out_1TNH[0], num_kv_heads),
         as_rows(lse_1TN[0, :, :, None], num_kv_heads)[..., 0],
     )
-    out_KRH, _ = attend_rows(as_rows(q_CTNH[0], num_kv_heads), past, own)
+    out_KRH, _ = see(as_rows(q_CTNH[0], num_kv_heads), own)
     return as_heads(out_KRH, q_CTNH[0])[None]
 
 
