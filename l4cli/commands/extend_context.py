@@ -9,6 +9,7 @@ it was cut off; `OUT/latest` is the last checkpoint.
 examples:
   l4 extend-context runs/nano/latest books.tokens --stages 2k:5M,8k:20M -o runs/nano-8k
   l4 extend-context runs/nano books.tokens:0.8 code.tokens:0.2 --stages 8k:20M --floor-scale 512
+  l4 extend-context runs/nano books.tokens --stages 4k:5M --synthetic all --hard 0.5 --gate 0.95
   l4 extend-context runs/nano books.tokens --stages 4k:2M,16k:4M --rope-scaling yarn --dry-run
 """
 
@@ -26,6 +27,16 @@ from l4cli.commands import extend_options as extend
 from l4cli.commands import extend_stages as staged
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_options as train
+from l4cli.commands.extend_gate import Gate
+from l4cli.commands.extend_mix import Mix, mix_of_words, read_schedule
+from l4cli.commands.extend_synthetic import Needles, Synthetic
+from l4cli.commands.longcontext_options import (
+    HaystackOption,
+    KeysOption,
+    NeedleOption,
+    QuestionOption,
+    ValuesOption,
+)
 from l4cli.commands.options import LENGTHS, Device, DeviceOption, Json, Quiet, Seed, parse_number
 from l4cli.errors import UsageError
 from l4cli.training.stages import Changes
@@ -48,6 +59,16 @@ def extend_context(
     ),
     batch_tokens: extend.BatchTokens = None,
     long_fraction: extend.LongFraction = 0.7,
+    mix_schedule: extend.MixSchedule = None,
+    synthetic: extend.SyntheticOption = None,
+    synthetic_fraction: extend.SyntheticFraction = None,
+    hard: extend.Hard = None,
+    haystack: HaystackOption = None,
+    needle: NeedleOption = None,
+    question: QuestionOption = None,
+    keys: KeysOption = None,
+    values: ValuesOption = None,
+    gate: extend.GateOption = None,
     attn_scale: extend.AttnScale = None,
     floor_scale: extend.FloorScale = None,
     temperature: extend.Temperature = None,
@@ -112,6 +133,16 @@ class Request:
     out: Path
     batch_tokens: str | None
     long_fraction: float
+    mix_schedule: Path | None
+    synthetic: str | None
+    synthetic_fraction: float | None
+    hard: float | None
+    haystack: list[str] | None
+    needle: str | None
+    question: str | None
+    keys: str | None
+    values: str | None
+    gate: float | None
     attn_scale: float | None
     floor_scale: float | None
     temperature: bool | None
@@ -151,18 +182,11 @@ class Request:
     def job(self) -> staged.Job:
         """Refuse what needs no look at any file; give what is to be done."""
         train.require_one_rank()
-        if not self.streams:
-            raise UsageError(
-                "no data to extend with",
-                why="no token stream was named",
-                fix="name one or more, as `l4 tokenize FILES -o books.tokens` writes them",
-            )
         trained_len = None
         if self.trained_length is not None:
             trained_len = parse_number(self.trained_length, "--trained-length", "512", LENGTHS)
         return staged.Job(
             checkpoint=self.checkpoint,
-            streams=self.streams,
             out=self.out,
             stages=self._stages(),
             recipe=self._recipe(),
@@ -171,6 +195,8 @@ class Request:
             resets_optimizer=self.reset_optimizer,
             trained_len=trained_len,
             long_fraction=self.long_fraction,
+            synthetic=self._synthetic(),
+            gate=None if self.gate is None else Gate(self.gate, self._needles, self.seed),
             eval_data=self.eval_data,
             device=self.device.value,
             fresh=self.fresh,
@@ -183,9 +209,10 @@ class Request:
             self.attention_chunk_size, "--attention-chunk-size", len(stages), extend.parse_chunk
         )
         rows = extend.rows_per_step(stages, self.batch_tokens)
+        mixes = self._mixes(len(stages))
         changes = self._changes()
         wanted = []
-        for stage, lr, chunk, num_rows in zip(stages, rates, chunks, rows, strict=True):
+        for stage, lr, chunk, mix, num_rows in zip(stages, rates, chunks, mixes, rows, strict=True):
             rate = train.LearningRate(
                 lr, self.min_lr, self.warmup, self.schedule, self.decay_frac, self.decay_shape
             )
@@ -194,8 +221,58 @@ class Request:
             checkpoints = self.activation_checkpointing
             if checkpoints is None:
                 checkpoints = stage.seq_len >= CHECKPOINTED_LENGTH
-            wanted.append(staged.Wanted(stage, own, rate, num_rows, checkpoints))
+            wanted.append(staged.Wanted(stage, own, rate, mix, num_rows, checkpoints))
         return wanted
+
+    def _mixes(self, num_stages: int) -> list[Mix]:
+        """What each stage reads."""
+        has_synthetic = self.synthetic is not None
+        if self.mix_schedule is not None:
+            other = self.streams[0] if self.streams else "--synthetic-fraction"
+            if self.streams or self.synthetic_fraction is not None:
+                why = "the schedule says what each stage reads"
+                fix = f"leave `{other}` out, or name it in the schedule"
+                raise UsageError(f"`{other}` and `--mix-schedule` given", why=why, fix=fix)
+            return read_schedule(self.mix_schedule, num_stages, has_synthetic=has_synthetic)
+        if not self.streams and not has_synthetic:
+            raise UsageError(
+                "no data to extend with",
+                why="no token stream was named, and nothing is to be made",
+                fix="name what `l4 tokenize FILES -o books.tokens` wrote, or "
+                "`--synthetic retrieval`",
+            )
+        fraction = self.synthetic_fraction
+        if fraction is None:
+            fraction = extend.SYNTHETIC_FRACTION if has_synthetic else 0.0
+        return [mix_of_words(self.streams or (), fraction)] * num_stages
+
+    @property
+    def _needles(self) -> Needles:
+        return Needles(
+            tuple(self.haystack or ()), self.needle, self.question, self.keys, self.values
+        )
+
+    def _synthetic(self) -> Synthetic | None:
+        """What is to be made. raises: UsageError for options that mean nothing"""
+        if self.synthetic is not None:
+            made = Synthetic(self.synthetic, self._needles, self.hard or 0.0)
+            made.check()
+            return made
+        needles = {"haystack": self.haystack, "needle": self.needle, "keys": self.keys}
+        given: dict[str, object] = {
+            "synthetic-fraction": self.synthetic_fraction,
+            "hard": self.hard,
+        }
+        if self.gate is None:
+            given |= {**needles, "question": self.question, "values": self.values}
+        for name, value in given.items():
+            if value is not None:
+                why = "it speaks of documents that are made, and none are asked for"
+                fix = "add `--synthetic retrieval`, or leave it out"
+                raise UsageError(f"`--{name}` needs `--synthetic`", why=why, fix=fix)
+        if self.gate is not None:
+            self._needles.format()
+        return None
 
     def _changes(self) -> Changes:
         rope = None if self.rope_scaling is None else extend.parse_rope(self.rope_scaling)

@@ -1,6 +1,6 @@
-"""The data of every stage: token streams packed again to its length, long documents and short.
+"""The data of every stage: token streams packed again to its length, and what is made for it.
 
-in: names of token streams, perhaps weighted, a stage; out: shards below `OUT/data`, and weights
+in: the mixture of a stage; out: shards below `OUT/data`, and how much of each the stage reads
 
 What was packed is kept under a key of everything it depends on, so that the same command finds
 it again; a set of shards is there whole or not at all.
@@ -11,20 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from l4cli import terminal
+from l4cli.commands.extend_mix import Mix
 from l4cli.commands.options import default_window
 from l4cli.errors import L4Error, UsageError
 from l4cli.training.stages import Stage
 
-if TYPE_CHECKING:
-    from l4cli.data.mixing import Part
-
 VERSION = 1  # of the way streams become shards; another one packs again
+Weighted = tuple[float, dict[str, "Share"]]  # a weight, and the sets by `long` and `short`
 
 
 @dataclass(frozen=True)
@@ -42,82 +41,64 @@ class Share:
         return f"{self.folder}:{self.share / self.fill:.6f}"
 
 
-def open_streams(specs: Sequence[str]) -> list[Part]:
-    """Read `PATH` or `PATH:WEIGHT` and refuse what cannot be read again and again."""
-    from l4cli.data.mixing import parse_mixture
+def check_streams(mixes: Iterable[Mix]) -> None:
+    """Refuse what cannot be read again and again."""
     from l4cli.data.stream_packer import check_names
 
-    parts = parse_mixture(specs)
-    for part in parts:
-        name = str(part.path)
-        check_names([name])
-        if name == "-" or not part.path.is_file():
+    for path in dict.fromkeys(path for mix in mixes for path, _ in mix.streams):
+        check_names([str(path)])
+        if str(path) == "-" or not path.is_file():
             fix = "write it to a file: `l4 tokenize FILES -o OUT.tokens`"
             why = "every stage reads it again, so it has to be a file"
-            raise UsageError(f"cannot use `{name}`", why=why, fix=fix)
-    return parts
+            raise UsageError(f"cannot use `{path}`", why=why, fix=fix)
 
 
-def require_same_tokenizer(parts: Sequence[Part], checkpoint: Path) -> None:
+def require_same_tokenizer(mixes: Iterable[Mix], checkpoint: Path) -> None:
     """Refuse streams whose token ids mean something else to the checkpoint."""
     from l4cli.data.stream import read_stream
     from l4cli.text import load_tokenizer
 
     theirs = load_tokenizer(checkpoint).fingerprint
-    for part in parts:
-        with part.path.open("rb") as file:
-            fingerprint = read_stream(file, str(part.path)).header.fingerprint
+    for path in dict.fromkeys(path for mix in mixes for path, _ in mix.streams):
+        with path.open("rb") as file:
+            fingerprint = read_stream(file, str(path)).header.fingerprint
         if fingerprint != theirs:
             raise UsageError(
-                f"`{part.path}` does not fit `{checkpoint}`",
+                f"`{path}` does not fit `{checkpoint}`",
                 why="it was tokenized with another tokenizer than the checkpoint was trained with",
                 fix=f"tokenize with `--tokenizer {checkpoint}`",
             )
 
 
 class StageData:
-    """Packs below one folder; `digest` reads each stream once, however many stages there are."""
+    """Packs below one folder; each stream's digest is read once, however many stages there are."""
 
-    def __init__(self, folder: Path, parts: Sequence[Part], seed: int) -> None:
-        self.folder, self.parts, self.seed = folder, parts, seed
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
         self._digests: dict[Path, str] = {}
 
-    def shares(self, stage: Stage, long_fraction: float) -> list[Share]:
-        """Pack the streams for a stage; say which set gives how much.
+    def shares(self, stage: Stage, mix: Mix, long_fraction: float) -> list[Share]:
+        """Pack the streams for a stage; say which set gives how much of what they give.
 
-        raises: L4Error when there is nothing long and something long was asked for
+        raises: L4Error when nothing is long, something long was asked for and nothing is made
         """
-        groups = self._groups()
-        found: dict[str, list[tuple[float, Share]]] = {"long": [], "short": []}
-        longest = 0
-        num_documents = 0
-        for weight, names in groups:
-            for name, share in self._pack(stage.seq_len, names).items():
-                found[name].append((weight, share))
-                index = json.loads((share.folder / "index.json").read_text(encoding="utf-8"))
-                longest = max(longest, index["packing"]["longest_short"])
-                num_documents += index["num_documents"]
-        fractions = {"long": long_fraction, "short": 1 - long_fraction}
-        if long_fraction > 0 and not found["long"]:
-            raise _nothing_long(stage, longest, num_documents)
-        if long_fraction < 1 and not found["short"]:
-            terminal.warn(
-                f"stage {stage.number} has no short documents: all {num_documents} have "
-                f"{stage.long_len} tokens or more, so its tokens are all long"
-            )
-            fractions = {"long": 1.0, "short": 0.0}
-        return [
-            Share(share.folder, part, share.num_tokens, share.fill)
-            for name, parts in found.items()
-            for weight, share in parts
-            if (part := fractions[name] * weight / sum(w for w, _ in parts)) > 0
+        packed = [
+            (weight, self._pack(stage.seq_len, [str(path) for path in paths]))
+            for weight, paths in _groups(mix)
         ]
-
-    def _groups(self) -> list[tuple[float, list[str]]]:
-        """Streams with weights are packed apart, others together."""
-        if self.parts and self.parts[0].weight is not None:
-            return [(float(part.weight or 0), [str(part.path)]) for part in self.parts]
-        return [(1.0, [str(part.path) for part in self.parts])]
+        if not any("long" in sets for _, sets in packed) and long_fraction > 0:
+            _tell_nothing_long(stage, packed, is_fatal=mix.synthetic_fraction == 0)
+            long_fraction = 0.0
+        found = _long_and_short(packed, long_fraction)
+        realized = sum(share.share for share in found if share.folder.name == "long")
+        if abs(realized - long_fraction) > 1e-6:
+            which = "long" if realized < long_fraction else "short"
+            terminal.warn(
+                f"stage {stage.number}: {realized:.0%} of its streams' tokens are of documents of "
+                f"{stage.long_len} tokens or more, not {long_fraction:.0%}: data sets without "
+                f"{which} documents keep their weight"
+            )
+        return [share for share in found if share.share > 0]
 
     def _pack(self, seq_len: int, names: Sequence[str]) -> dict[str, Share]:
         from l4cli.data.stream_packer import PackingOptions, pack_by_length
@@ -164,11 +145,45 @@ def opened(folder: Path) -> Share:
     return Share(folder, 0.0, shards.num_tokens, shards.index["fill"])
 
 
-def _nothing_long(stage: Stage, longest: int, num_documents: int) -> L4Error:
-    return L4Error(
-        f"stage {stage.number} has no long documents",
-        why=f"none of {num_documents} documents has {stage.long_len} tokens, half a row "
-        f"of {stage.seq_len}; the longest has {longest}",
-        fix="bring longer documents, a shorter stage, `--synthetic`, or `--long-fraction 0` to "
-        "train on short ones all the same",
+def _groups(mix: Mix) -> list[tuple[float, list[Path]]]:
+    """Streams with weights are packed apart, others together; weights add up to 1."""
+    if not mix.streams:
+        return []
+    if mix.streams[0][1] is None:
+        return [(1.0, [path for path, _ in mix.streams])]
+    total = sum(weight or 0.0 for _, weight in mix.streams)
+    return [((weight or 0.0) / total, [path]) for path, weight in mix.streams]
+
+
+def _long_and_short(packed: Sequence[Weighted], long_fraction: float) -> list[Share]:
+    """Give every data set its weight, and long documents their fraction as far as that goes."""
+    only_long = sum(weight for weight, sets in packed if "short" not in sets)
+    both = sum(weight for weight, sets in packed if len(sets) == 2)
+    # What is of one kind cannot be anything else; the rest makes up for it.
+    of_both = min(max(long_fraction - only_long, 0.0), both) / both if both else 0.0
+    found = []
+    for weight, sets in packed:
+        is_long = of_both if len(sets) == 2 else float("long" in sets)
+        parts = {"long": weight * is_long, "short": weight * (1 - is_long)}
+        found += [replace(share, share=parts[name]) for name, share in sets.items()]
+    return found
+
+
+def _tell_nothing_long(stage: Stage, packed: Sequence[Weighted], *, is_fatal: bool) -> None:
+    longest = num_documents = 0
+    for _, sets in packed:
+        for share in sets.values():
+            index = json.loads((share.folder / "index.json").read_text(encoding="utf-8"))
+            longest = max(longest, index["packing"]["longest_short"])
+            num_documents += index["num_documents"]
+    if not num_documents:  # made documents alone
+        return
+    what = f"stage {stage.number} has no long documents"
+    why = (
+        f"none of {num_documents} documents has {stage.long_len} tokens, half a row "
+        f"of {stage.seq_len}; the longest has {longest}"
     )
+    if is_fatal:
+        fix = "bring longer documents, a shorter stage, `--synthetic`, or `--long-fraction 0` to "
+        raise L4Error(what, why=why, fix=fix + "train on short ones all the same")
+    terminal.warn(f"{what}: {why}; what is made is long")

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -19,6 +20,7 @@ from l4cli.errors import UsageError, suggest
 from l4cli.training.stages import ROPE_KINDS, RopeChange, Stage
 
 MAX_SEQ_LEN = 1 << 24
+SYNTHETIC_FRACTION = 0.5  # of a stage's tokens when documents are made and nothing is said
 T = TypeVar("T")
 
 
@@ -58,6 +60,42 @@ LongFraction = Annotated[
         min=0.0,
         max=1.0,
         help="share of tokens from documents of half a row or more",
+    ),
+]
+MixSchedule = Annotated[
+    Path | None,
+    typer.Option(
+        "--mix-schedule",
+        metavar="FILE",
+        help="TOML: token streams by name in `[data]`, their shares in `[stages.1]`, ...",
+    ),
+]
+SyntheticOption = Annotated[
+    str | None,
+    typer.Option(
+        "--synthetic", metavar="KINDS", help="make documents: `retrieval`, `copies`, ... or `all`"
+    ),
+]
+SyntheticFraction = Annotated[
+    float | None,
+    typer.Option(
+        "--synthetic-fraction",
+        min=0.0,
+        max=1.0,
+        help="share of tokens that are made  [default: 0.5, or all without a stream]",
+    ),
+]
+Hard = Annotated[
+    float | None,
+    typer.Option("--hard", min=0.0, max=1.0, help="share of `retrieval` documents full of needles"),
+]
+GateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gate",
+        min=0.0,
+        max=1.0,
+        help="needles to find after each stage, at its length and twice it; exit 1 below",
     ),
 ]
 AttnScale = Annotated[

@@ -5,6 +5,7 @@ in: what was asked of every stage; out: a run folder a stage, `OUT/latest`, or t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,16 @@ from l4cli.commands import extend_data as data
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_options as train
 from l4cli.commands import training_report as report
+from l4cli.commands.extend_gate import Gate
+from l4cli.commands.extend_mix import Mix
+from l4cli.commands.extend_synthetic import Synthetic
 from l4cli.training.stages import Changes, Stage
 
 if TYPE_CHECKING:
     import torch
 
     from l4cli.model import Llama4Config
+    from l4cli.text import Tokenizer
     from l4cli.training.continuation import Origin
     from l4cli.training.run import Run
     from l4cli.training.schedule import Schedule
@@ -36,6 +41,7 @@ class Wanted:
     stage: Stage
     changes: Changes
     rate: train.LearningRate
+    mix: Mix
     num_rows: int  # of a step
     activation_checkpointing: bool
 
@@ -45,7 +51,6 @@ class Job:
     """What is asked of all of them."""
 
     checkpoint: Path
-    streams: Sequence[str]
     out: Path
     stages: Sequence[Wanted]
     recipe: shared.Recipe  # without an optimizer's name
@@ -54,6 +59,8 @@ class Job:
     resets_optimizer: bool
     trained_len: int | None
     long_fraction: float
+    synthetic: Synthetic | None
+    gate: Gate | None
     eval_data: Path | None
     device: str
     fresh: bool
@@ -90,8 +97,7 @@ def extend(job: Job) -> None:
     from l4cli.training.run import report_done
 
     origin, shapes = _shapes(job)
-    parts = data.open_streams(job.streams)
-    data.require_same_tokenizer(parts, origin.folder)
+    tokenizer = _check_data(job, origin)
     device = torch_device(job.device)
     run_record.require_usable(job.out, fresh=job.fresh)
     continuation.require_known_stages(job.out, [wanted.stage.name for wanted in job.stages])
@@ -99,12 +105,14 @@ def extend(job: Job) -> None:
     with RunFolder(job.out):
         around = run_record.environment(device)
         run_record.write_record(job.out, COMMAND, _described(job), around)
-        ready = [_prepare(job, shape, parts, device) for shape in shapes]
+        ready = [_prepare(job, shape, tokenizer, device) for shape in shapes]
         checkpoint = origin.folder
         try:
             for stage in ready:
                 checkpoint = _train(job, stage, checkpoint, origin)
                 continuation.point_to(job.out, checkpoint)
+                if job.gate is not None:
+                    job.gate.check(job.out, stage.wanted.stage, checkpoint, job.device)
         finally:
             for stage in ready:
                 stage.prepared.source.close()
@@ -141,18 +149,44 @@ def _shapes(job: Job) -> tuple[Origin, list[Shape]]:
     return origin, shapes
 
 
-def _prepare(job: Job, shape: Shape, parts: Sequence[Any], device: torch.device) -> Ready:
-    """Pack a stage's data, open it, and refuse what this machine cannot hold."""
-    from l4cli.training import data_setup
+def _check_data(job: Job, origin: Origin) -> Tokenizer:
+    """Refuse streams and rows that cannot be used, before anything is written."""
+    from l4cli.text import load_tokenizer
 
-    stage, config = shape.wanted.stage, shape.config
-    packed = data.StageData(job.out / "data", parts, job.recipe.seed)
-    shares = packed.shares(stage, job.long_fraction)
+    mixes = [wanted.mix for wanted in job.stages]
+    data.check_streams(mixes)
+    data.require_same_tokenizer(mixes, origin.folder)
+    tokenizer = load_tokenizer(origin.folder)
+    if job.synthetic is not None:
+        job.synthetic.try_out([wanted.stage for wanted in job.stages], tokenizer)
+    return tokenizer
+
+
+def _shares(job: Job, wanted: Wanted, tokenizer: Tokenizer) -> list[data.Share]:
+    """Pack and make what a stage reads."""
+    stage, mix, folder = wanted.stage, wanted.mix, job.out / "data"
+    of_streams = data.StageData(folder, job.recipe.seed).shares(stage, mix, job.long_fraction)
+    made = mix.synthetic_fraction
+    shares = [replace(share, share=share.share * (1 - made)) for share in of_streams]
+    if made > 0:
+        assert job.synthetic is not None
+        num_tokens = math.ceil(made * stage.num_tokens)
+        share = job.synthetic.make(folder, stage, num_tokens, tokenizer, job.recipe.seed)
+        shares.append(replace(share, share=made))
     for share in shares:
         terminal.say(
             f"stage {stage.number}: {share.share:.0%} of its tokens from `{share.folder}` "
             f"({terminal.count_text(share.num_tokens)} tokens)"
         )
+    return shares
+
+
+def _prepare(job: Job, shape: Shape, tokenizer: Tokenizer, device: torch.device) -> Ready:
+    """Pack a stage's data, open it, and refuse what this machine cannot hold."""
+    from l4cli.training import data_setup
+
+    stage, config = shape.wanted.stage, shape.config
+    shares = _shares(job, shape.wanted, tokenizer)
     specs = [share.spec for share in shares]
     source = data_setup.open_source(
         specs,
@@ -237,8 +271,9 @@ def _described(job: Job) -> dict[str, Any]:
     """What `OUT/run.toml` says; each stage's own has the rest."""
     return {
         "checkpoint": str(job.checkpoint),
-        "streams": list(job.streams),
         "stages": [f"{w.stage.seq_len}:{w.stage.num_tokens}" for w in job.stages],
+        "streams": [[str(path) for path, _ in w.mix.streams] for w in job.stages],
+        "synthetic": None if job.synthetic is None else job.synthetic.kinds,
         "long_fraction": job.long_fraction,
         "seed": job.recipe.seed,
     }
@@ -251,7 +286,7 @@ def show_plan(job: Job) -> None:
     from l4cli.training.device import torch_device
 
     origin, shapes = _shapes(job)
-    data.require_same_tokenizer(data.open_streams(job.streams), origin.folder)
+    _check_data(job, origin)
     device = torch_device(job.device)
     rows = []
     for shape in shapes:

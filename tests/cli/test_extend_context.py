@@ -221,7 +221,7 @@ def test_streams_that_do_not_fit_are_refused_first(
     base, out = str(start / "base" / "latest"), ["-o", str(tmp_path / "run")]
     stages = ["--stages", "512:2k,1k:4k"]
     assert main(["extend-context", base, *stages, *out]) == 2
-    assert "no token stream was named" in only_error(capsys)
+    assert "no token stream was named, and nothing is to be made" in only_error(capsys)
     assert main(["extend-context", base, "-", *stages, *out]) == 2
     assert "it has to be a file" in only_error(capsys)
     assert main(["extend-context", base, str(tmp_path / "none"), *stages, *out]) == 1

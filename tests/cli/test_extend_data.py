@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from l4cli.commands.extend_data import Share, StageData, open_streams
+from l4cli.commands.extend_data import Share, StageData
+from l4cli.commands.extend_mix import mix_of_words
 from l4cli.data.frame import Frame
 from l4cli.data.geometry import PictureGeometry
 from l4cli.data.loader import ShardSource
@@ -63,15 +64,15 @@ def streams(tmp_path: Path) -> list[Path]:
 def test_the_share_of_long_tokens_is_what_was_asked(
     streams: list[Path], tmp_path: Path, fraction: float
 ) -> None:
-    packed = StageData(tmp_path / "data", open_streams([str(p) for p in streams]), 0)
-    found = drawn(packed.shares(STAGE, fraction))
+    packed = StageData(tmp_path / "data", 0)
+    found = drawn(packed.shares(STAGE, mix_of_words([str(p) for p in streams], 0.0), fraction))
     long = sum(share for (_, is_long), share in found.items() if is_long)
     assert long == pytest.approx(fraction, abs=0.01)
 
 
 def test_weights_hold_within_long_and_short(streams: list[Path], tmp_path: Path) -> None:
     specs = [f"{streams[0]}:3", f"{streams[1]}:1"]
-    found = drawn(StageData(tmp_path / "data", open_streams(specs), 0).shares(STAGE, 0.6))
+    found = drawn(StageData(tmp_path / "data", 0).shares(STAGE, mix_of_words(specs, 0.0), 0.6))
     for key, share in {(1, True): 0.45, (2, True): 0.15, (1, False): 0.3, (2, False): 0.1}.items():
         assert found[key] == pytest.approx(share, abs=0.01)
 
@@ -79,21 +80,23 @@ def test_weights_hold_within_long_and_short(streams: list[Path], tmp_path: Path)
 def test_what_was_packed_is_found_again_until_the_stream_changes(
     streams: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = open_streams([str(streams[0])])
-    first = StageData(tmp_path / "data", parts, 0).shares(STAGE, 0.5)
+    mix = mix_of_words([str(streams[0])], 0.0)
+    first = StageData(tmp_path / "data", 0).shares(STAGE, mix, 0.5)
     assert "packing" in capsys.readouterr().err
-    assert StageData(tmp_path / "data", parts, 0).shares(STAGE, 0.9)[0].folder == first[0].folder
+    assert StageData(tmp_path / "data", 0).shares(STAGE, mix, 0.9)[0].folder == first[0].folder
     assert "packing" not in capsys.readouterr().err
     write_stream(streams[0], 3, [40] * 9 + [5] * 9)
-    assert StageData(tmp_path / "data", parts, 0).shares(STAGE, 0.5)[0].folder != first[0].folder
+    assert StageData(tmp_path / "data", 0).shares(STAGE, mix, 0.5)[0].folder != first[0].folder
 
 
 def test_long_documents_alone_are_said_and_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_stream(tmp_path / "long.tokens", 1, [64] * 20)
-    parts = open_streams([str(tmp_path / "long.tokens")])
-    (share,) = StageData(tmp_path / "data", parts, 0).shares(STAGE, 0.7)
+    mix = mix_of_words([str(tmp_path / "long.tokens")], 0.0)
+    (share,) = StageData(tmp_path / "data", 0).shares(STAGE, mix, 0.7)
     assert share.folder.name == "long"
     assert share.share == 1
-    assert "all 20 have 32 tokens or more" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stage 1: 100% of its streams' tokens" in said
+    assert "not 70%: data sets without short documents keep their weight" in said

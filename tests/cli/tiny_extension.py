@@ -47,3 +47,8 @@ def start_extending(args: list[str]) -> subprocess.Popen[str]:
         text=True,
         env={**as_many_threads(), "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
     )
+
+
+# Needles that a byte vocabulary writes in few tokens, so that short rows hold some.
+NEEDLES = ["--needle", "#{key}={value};", "--question", "#{key}=", "--keys", "letters:1"]
+NEEDLES += ["--values", "digits:1"]
