@@ -72,6 +72,7 @@ class Request:
     jobs: int
     timeout: float
     max_tokens: int | None
+    answer_tokens: int | None
     preset: str | None
     gpus: str | None
     out: Path

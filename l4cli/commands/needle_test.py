@@ -95,6 +95,13 @@ def needle_test(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="with `--endpoint`: tokens this run may cost in all")
     ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="with `--endpoint`: room for one answer, thinking included  [default: a sentence]",
+        ),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="with `--dry-run`: a shape instead of a checkpoint")
     ] = None,

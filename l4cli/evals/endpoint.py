@@ -28,7 +28,7 @@ from l4cli import __version__, terminal
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.endpoint_replies import Failure, clean, read_answer, send
 from l4cli.evals.parallel import Stopped
-from l4cli.evals.token_budget import TokenBudget
+from l4cli.evals.token_budget import Promise
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -75,9 +75,9 @@ class Answer:
 class Endpoint:
     """One server and model; `complete` may be called from many threads at once."""
 
-    def __init__(self, options: EndpointOptions, budget: TokenBudget) -> None:
-        self.options, self.budget = options, budget
-        self.num_retries = 0
+    def __init__(self, options: EndpointOptions) -> None:
+        self.options = options
+        self.num_requests, self.num_retries = 0, 0  # answered, and tried again
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json",
@@ -99,7 +99,7 @@ class Endpoint:
         """End waits; requests that have not begun never will."""
         self._stop.set()
 
-    def complete(self, prompt: str, prompt_tokens: int, answer_tokens: int) -> Answer:
+    def complete(self, prompt: str, answer_tokens: int, promise: Promise) -> Answer:
         """Ask for a continuation or an answer of at most `answer_tokens`.
 
         raises: L4Error when it cannot be had, Stopped after `stop`
@@ -109,20 +109,19 @@ class Endpoint:
             while True:
                 tries += 1
                 self._wait_until(self._resume_at)
-                promised = self.budget.promise(prompt_tokens, answer_tokens)
                 try:
                     answer = self._try(prompt, answer_tokens)
                 except Failure as failure:
-                    # Whoever reads the whole prompt and fails then may have counted it.
-                    self.budget.settle(promised, promised if failure.may_be_billed else 0)
+                    if failure.may_be_billed:  # whoever reads the whole prompt and then fails
+                        promise.charge()
                     if failure.refused and self._go_without(failure.refused):
                         continue
                     self._judge(failure, tries)
                     continue
-                except BaseException:
-                    self.budget.settle(promised, 0)
-                    raise
-                self._settle(answer, promised, prompt_tokens)
+                self._has_answered = True
+                with self._lock:
+                    self.num_requests += 1
+                promise.spend(answer.prompt_tokens, answer.answer_tokens)
                 return answer
 
     def _try(self, prompt: str, answer_tokens: int) -> Answer:
@@ -168,14 +167,6 @@ class Endpoint:
                 yield
                 return
         yield
-
-    def _settle(self, answer: Answer, promised: int, prompt_tokens: int) -> None:
-        self._has_answered = True
-        used = promised
-        if answer.prompt_tokens is not None:
-            self.budget.learn(prompt_tokens, answer.prompt_tokens)
-            used = answer.prompt_tokens + (answer.answer_tokens or 0)
-        self.budget.settle(promised, used)
 
     def _judge(self, failure: Failure, tries: int) -> None:
         """Plan the next try, or give up. raises: L4Error"""
