@@ -86,8 +86,7 @@ class TestedModel:
         folder = resolve_checkpoint(checkpoint)
         config = load_config(folder)
         if overrides:
-            config = apply_overrides(config, overrides)
-            require_weights_fit(config, folder)
+            config = _changed(config, overrides, folder)
         found = _tokenizer(folder, tokenizer)
         if found.vocab_size > config.text.vocab_size:
             named = tokenizer or f"in `{folder}`"
@@ -187,6 +186,17 @@ class TestedModel:
     def report(self) -> dict[str, Any]:
         """What there is to say of the machine afterwards."""
         return {"machine": environment(self.device)}
+
+
+def _changed(config: Llama4Config, overrides: Sequence[str], folder: Path) -> Llama4Config:
+    """Apply `--set`; what gives the weights another shape is no test of them."""
+    changed = apply_overrides(config, overrides)
+    try:
+        require_weights_fit(changed, folder)
+    except L4Error as error:
+        what = f"cannot test `{folder}` with " + " ".join(f"`--set {word}`" for word in overrides)
+        raise UsageError(what, why=error.why, fix="set only what leaves weights alone") from None
+    return changed
 
 
 def _too_long(plan: ReadingPlan, fitting: int | None) -> L4Error:
