@@ -74,11 +74,15 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
+    config: Llama4Config | None = None,
     check_finite: bool = True,
 ) -> Any:
-    """Build the model a checkpoint describes and stream its weights in; `dtype` None: as stored."""
+    """Build the model a checkpoint describes and stream its weights in; `dtype` None: as stored.
+
+    `config`: of the same shape, in place of the checkpoint's own.
+    """
     folder = resolve_checkpoint(path)
-    model = build_model(load_config(folder), device="meta")
+    model = build_model(config or load_config(folder), device="meta")
     load_weights(model, folder, device=device, dtype=dtype, check_finite=check_finite)
     model.compute_dtype = _main_dtype(model)
     return model

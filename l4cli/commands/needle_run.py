@@ -97,7 +97,7 @@ def _open(request: Request) -> Tested:
         return TestedEndpoint.open(request)
     from l4cli.commands.needle_model import TestedModel
 
-    return TestedModel.open(request)
+    return TestedModel.of(request)
 
 
 def _read(
