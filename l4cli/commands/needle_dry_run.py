@@ -20,14 +20,14 @@ from l4cli.training.device import torch_device
 
 def show(request: Request) -> None:
     """Print the plan."""
-    config, dtype = _shape(request)
-    machine = _machine(request, dtype)
+    config, dtype = shape_of(request)
+    machine = machine_of(request, dtype)
     num_texts = _num_texts(request)
     rows, total_s = [], 0.0
     for length in request.length_list:
         plan = plan_reading(config, length, machine, dtype=dtype, kv_dtype=request.kv_dtype.value)
         total_s += num_texts[length] * plan.time_s
-        terminal.emit(_event(plan, num_texts[length]))
+        terminal.emit(event_of(plan, num_texts[length]))
         rows.append(_row(plan, num_texts[length]))
     terminal.emit({"event": "plan_total", "machine": machine.name, "total_time_s": total_s})
     columns = ("length", "texts", "keys and values", "memory", "fits", "FLOPs", "a text", "all")
@@ -44,7 +44,7 @@ def _num_texts(request: Request) -> dict[int, int]:
     return counts
 
 
-def _event(plan: ReadingPlan, num_texts: int) -> dict[str, Any]:
+def event_of(plan: ReadingPlan, num_texts: int) -> dict[str, Any]:
     caches = {"full": plan.full_cache_bytes, "local": plan.local_cache_bytes}
     sizes = {
         "bytes_weights": plan.weights_bytes,
@@ -82,7 +82,7 @@ def _row(plan: ReadingPlan, num_texts: int) -> tuple[str, ...]:
     )
 
 
-def _shape(request: Request) -> tuple[Llama4Config, str]:
+def shape_of(request: Request) -> tuple[Llama4Config, str]:
     """The config, and what is computed in."""
     if request.preset is not None:
         dtype = "bf16" if request.dtype.value == "auto" else request.dtype.value
@@ -91,7 +91,7 @@ def _shape(request: Request) -> tuple[Llama4Config, str]:
     return model.config, model.compute_dtype
 
 
-def _machine(request: Request, dtype: str) -> Machine:
+def machine_of(request: Request, dtype: str) -> Machine:
     """The machine that was named, or this one."""
     if request.gpus is not None:
         return parse_gpus(request.gpus)

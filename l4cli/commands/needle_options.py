@@ -52,6 +52,9 @@ class Request:
     depths: str
     samples: int
     tasks: str
+    frames: str | None
+    hours: str | None
+    fps: float
     haystack: list[str] | None
     needle: str | None
     question: str | None
@@ -92,6 +95,13 @@ class Request:
         return parse_depths(self.depths)
 
     @cached_property
+    def shows(self) -> bool:
+        """Whether frames or pictures are read instead of texts."""
+        from l4cli.commands.needle_frames import is_shown
+
+        return is_shown(self)
+
+    @cached_property
     def task_list(self) -> tuple[str, ...]:
         """The tasks with a question, `nll` aside. raises: UsageError"""
         from l4cli.data.longcontext.tasks import parse_tasks
@@ -106,7 +116,13 @@ class Request:
 
     def check(self) -> None:
         """Refuse what cannot be meant, before torch is loaded."""
-        self.length_list, self.depth_list, self.task_list  # noqa: B018
+        if self.shows:
+            from l4cli.commands.needle_frames import check
+
+            check(self)
+        else:
+            self.length_list, self.task_list  # noqa: B018
+        self.depth_list  # noqa: B018
         for name, value in (("preset", self.preset), ("gpus", self.gpus)):
             if value is not None and not self.dry_run:
                 why = "it is for planning, and a test needs a checkpoint and this machine"

@@ -11,6 +11,8 @@ examples:
   l4 needle-test runs/nano/latest --lengths 1k,4k,...,1m --haystack books/ --require 0.95
   l4 needle-test --endpoint http://127.0.0.1:8000/v1 --model scout --tokenizer tok/
   l4 needle-test --dry-run --preset scout --gpus 8xh100 --lengths 128k,1m,10m
+  l4 needle-test runs/nano/latest --tasks video --frames 8,64,512 --depths 5 --chat
+  l4 needle-test --dry-run --preset scout --gpus 8xh100 --hours 0.1,1,20 --fps 1
 """
 
 from __future__ import annotations
@@ -22,8 +24,17 @@ import typer
 
 from l4cli import terminal
 from l4cli.commands.needle_options import Api, KvDtype, Request, WeightsDtype
-from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
+from l4cli.commands.options import (
+    DEFAULT_FPS,
+    Device,
+    DeviceOption,
+    Fps,
+    Json,
+    Quiet,
+    Seed,
+)
 
+FRAMES_HELP = "read films of so many frames (`--tasks video`) or so many pictures (`pictures`)"
 REQUIRE_HELP = "exit 1 if a task's mean over all lengths and depths is lower, as in 0.95"
 
 
@@ -41,6 +52,11 @@ def needle_test(
     tasks: Annotated[
         str, typer.Option(metavar="LIST", help="what is asked: names, `ruler`, `all`, `nll`")
     ] = "single",
+    frames: Annotated[str | None, typer.Option(metavar="LIST", help=FRAMES_HELP)] = None,
+    hours: Annotated[
+        str | None, typer.Option(metavar="LIST", help="the same in hours of film, at `--fps`")
+    ] = None,
+    fps: Fps = DEFAULT_FPS,
     haystack: Annotated[
         list[str] | None,
         typer.Option(help="text files, folders or packed shards to hide needles in"),
@@ -125,7 +141,11 @@ def needle_test(
     request = Request(**locals())
     terminal.configure(json=json, quiet=quiet)
     request.check()
-    if dry_run:
+    if request.shows:
+        from l4cli.commands import needle_video
+
+        needle_video.run(request)
+    elif dry_run:
         from l4cli.commands import needle_dry_run
 
         needle_dry_run.show(request)
