@@ -1,5 +1,6 @@
 #!/bin/sh
-# Asks a model about pictures: one question, two pictures, a pipe, JSON, boxes, what is refused.
+# Asks a model about pictures and a video: one question, two pictures, frames, a pipe, JSON, boxes,
+# what is refused.
 # Uses $L4_MODEL or the newest run here (`sh examples/quickstart.sh` makes a good one); with
 # neither it first trains one on a few drawings for a minute: it knows little else. Writes
 # runs/chat/, with one answer as JSON in summary.json.
@@ -18,6 +19,7 @@ show() {
 # Squares and circles in four places, each with what can be asked about it.
 "$python" - runs/chat << 'EOF'
 import itertools, json, sys
+import av
 from PIL import Image, ImageDraw
 folder, rows = sys.argv[1], []
 looks = itertools.product(("red", "green", "blue"), ("square", "circle"), ("left", "right"), ("top", "bottom"))
@@ -36,6 +38,15 @@ for colour, shape, side, edge in looks:
                                                      {"role": "assistant", "content": answer}]})
 with open(f"{folder}/chats.jsonl", "w") as file:
     file.writelines(json.dumps(row) + "\n" for row in rows)
+
+# A circle that crosses the screen in four seconds.
+with av.open(f"{folder}/film.mp4", "w") as film:
+    stream = film.add_stream("mpeg4", rate=10, width=64, height=64, pix_fmt="yuv420p")
+    for i in range(40):
+        frame = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(frame).ellipse((i, 6, i + 23, 29), fill="blue")
+        film.mux(stream.encode(av.VideoFrame.from_image(frame)))
+    film.mux(stream.encode(None))
 EOF
 
 if [ -z "${L4_MODEL:-}" ] && ! ls -d runs/*/latest > /dev/null 2>&1; then
@@ -51,6 +62,8 @@ two=runs/chat/red-square-bottom-left.png
 show chat --image $one
 show chat -p "Where is it?" --image $two
 show chat -p "Compare these." --image $one --image $two --temperature 0.7 --seed 3
+
+show chat -p "What colour is the shape?" --video runs/chat/film.mp4 --fps 1
 
 echo '$ echo "What colour is the shape?" | l4 chat --json --image' $one
 echo "What colour is the shape?" | "$l4" chat --json --image $one > runs/chat/summary.json

@@ -39,11 +39,11 @@ class Command:
 
 
 COMMANDS = (
-    Command("tokenize", "text, code, JSONL and pictures -> a token stream", is_main=True),
+    Command("tokenize", "text, code, JSONL, pictures and videos -> a token stream", is_main=True),
     Command("pack", "a token stream -> packed shards", is_main=True),
     Command("pretrain", "train a model on packed shards, or go on training one", is_main=True),
     Command("extend-context", "train a model on longer and longer rows", is_main=True),
-    Command("chat", "talk to a model, with pictures", is_main=True),
+    Command("chat", "talk to a model, with pictures and videos", is_main=True),
     Command("needle-test", "how far a model can read, with controls and a heat map", is_main=True),
     Command("train-tokenizer", "learn a byte-level BPE vocabulary from text"),
     Command("info", "explain any preset, file or folder the suite reads or writes"),
@@ -74,6 +74,7 @@ class LazyGroup(TyperGroup):
         if name not in _BY_NAME and not name.startswith("-"):
             why = "`l4` has no such command"
             raise UsageError(f"unknown command `{name}`", why=why, fix=suggest(name, _BY_NAME))
+        ctx.meta["l4.words"] = args[1:]  # options of one kind lose their order among others
         return super().resolve_command(ctx, args)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:

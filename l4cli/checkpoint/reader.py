@@ -7,6 +7,7 @@ source: facts on checkpoint formats; safetensors `safe_open`
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,11 @@ def load_weights(
     dtype: torch.dtype | None = None,
     check_finite: bool = True,
     may_lack: tuple[str, ...] = (),
+    only: Callable[[str], bool] | None = None,
 ) -> list[str]:
-    """Fill a model's parameters from a checkpoint; return those it lacks, which keep their values.
+    """Fill a model's parameters from a checkpoint, all or `only` those of some names.
+
+    Return those it lacks, which keep their values.
 
     Parameters on the meta device are made on `device`, as `dtype` or as stored; others keep
     their place and dtype. Everything that headers can tell is checked before anything is read.
@@ -130,7 +134,8 @@ def load_weights(
     """
     stored, matching = _matched(model, path, may_lack)
     parameters = dict(model.named_parameters())
-    for group in _groups(stored, matching.pieces):
+    pieces = [piece for piece in matching.pieces if only is None or only(piece.name)]
+    for group in _groups(stored, pieces):
         file = stored.folder / stored.file_of[group[0].key]
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:

@@ -1,14 +1,16 @@
-"""Talk to a model, with pictures.
+"""Talk to a model, with pictures and videos.
 
 The first word is the checkpoint, the second the question. Without a checkpoint it is `$L4_MODEL`,
 else the newest `runs/*/latest` that knows the chat format. With a terminal and no question it
 opens a conversation (`/help` there); piped text joins the question, and stdout then holds the
-answer and nothing else.
+answer and nothing else. Of a video the model sees `--fps` frames a second, of a long one
+`--max-frames`, spread evenly over it.
 
 examples:
   l4 chat
   l4 chat --image photo.jpg
   l4 chat runs/chat/latest "Compare these." --image a.png --image b.png
+  l4 chat --video film.mp4 --fps 2 -p "What happens?"
   cat notes.txt | l4 chat -p "Summarise this." > summary.txt
 """
 
@@ -22,7 +24,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l4cli import terminal
-from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
+from l4cli.commands.options import (
+    DEFAULT_FPS,
+    DEFAULT_MAX_FRAMES,
+    Device,
+    DeviceOption,
+    Fps,
+    Json,
+    MaxFrames,
+    Quiet,
+    Seed,
+)
 from l4cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +42,7 @@ if TYPE_CHECKING:
     from l4cli.inference import SamplingOptions
 
 DEFAULT_QUESTION = "Describe the picture."
+DEFAULT_VIDEO_QUESTION = "Describe the video."
 
 
 class ChatDtype(StrEnum):
@@ -45,6 +58,7 @@ PENALTY_HELP = "above 1: what was said before becomes less likely"
 
 
 def chat(
+    ctx: typer.Context,
     checkpoint: Annotated[Path | None, typer.Argument(help="checkpoint or run folder")] = None,
     question: Annotated[str | None, typer.Argument(help="what to ask")] = None,
     prompt: Annotated[
@@ -53,6 +67,11 @@ def chat(
     image: Annotated[
         list[Path] | None, typer.Option(help="PNG or JPEG to show; may be given several times")
     ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="video to show; may be given several times")
+    ] = None,
+    fps: Fps = DEFAULT_FPS,
+    max_frames: MaxFrames = DEFAULT_MAX_FRAMES,
     system: Annotated[str | None, typer.Option(help=SYSTEM_HELP)] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="continue plain text, without the chat format")
@@ -90,8 +109,9 @@ def chat(
     if raw and system is not None:
         why = "plain text has no system message"
         raise UsageError("`--raw` and `--system` given", why=why, fix="leave one of them out")
-    images = image or []
-    text = _question(checkpoint, question if question is not None else prompt, images, raw)
+    images, videos = image or [], video or []
+    default = DEFAULT_QUESTION if images else DEFAULT_VIDEO_QUESTION if videos else None
+    text = _question(checkpoint, question if question is not None else prompt, default, raw)
     if boxes is not None:
         _check_boxes(boxes, images, is_conversation=text is None)
     flags = {
@@ -101,31 +121,40 @@ def chat(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    from l4cli.commands.pictures import open_images
+    from l4cli.commands.pictures import open_image, open_video
+    from l4cli.data.video import Sampling
 
-    pictures = open_images(images)  # before torch: a wrong path is told at once
+    frames = Sampling(fps, max_frames)
+    # Before torch: a wrong path is told at once.
+    opened_images = [(str(path), open_image(path)) for path in images]
+    opened_videos = [(str(path), open_video(path, frames)) for path in videos]
     _check_sampling(flags)
 
     from l4cli.commands import chat_model, repl
     from l4cli.commands.boxes import show_boxes
     from l4cli.commands.conversation import Conversation
+    from l4cli.commands.shown import named_in_order
 
     model = chat_model.load(checkpoint, device.value, dtype.value, is_raw=raw)
     sampling = model.sampling(flags, seed)
     conversation = Conversation(model, sampling, system, max_new_tokens, is_raw=raw)
-    for name, picture in pictures:
-        conversation.add_picture(name, picture)
+    pictures, films = iter(opened_images), iter(opened_videos)
+    for kind, _ in named_in_order(ctx.meta.get("l4.words", []), images, videos):
+        if kind == "image":
+            conversation.add_picture(*next(pictures))
+        else:
+            conversation.add_video(*next(films))
     with chat_model.fitting_threads(model):
         if text is None:
             _describe(conversation, sampling)
-            return repl.talk(conversation, boxes)
+            return repl.talk(conversation, frames, boxes)
         answer = repl.answer_once(conversation, text)
         if boxes is not None and conversation.last_picture is not None:
             show_boxes(answer.text, conversation.last_picture.image, boxes)
 
 
 def _question(
-    checkpoint: Path | None, given: str | None, images: list[Path], is_raw: bool
+    checkpoint: Path | None, given: str | None, default: str | None, is_raw: bool
 ) -> str | None:
     """What to ask: piped text and the given words. None: there is a terminal to ask on."""
     if given is not None:
@@ -140,10 +169,10 @@ def _question(
     parts = [part for part in ("" if has_terminal else _piped_text(), given) if part]
     if parts:
         return "\n\n".join(parts)
-    if is_raw and (images or given is not None):
+    if is_raw and (default is not None or given is not None):
         return ""  # a caption, or a text from its very beginning
-    if images and given is None:
-        return DEFAULT_QUESTION
+    if default is not None and given is None:
+        return default
     if given is not None:
         why, fix = "it is empty", '`l4 chat -p "..."`'
         raise UsageError("no question", why=why, fix=fix)

@@ -1,6 +1,6 @@
-"""A conversation: text and pictures to ids, turn after turn, and answers back to text.
+"""A conversation: text, pictures and videos to ids, turn after turn, and answers back to text.
 
-in: questions and pictures; out: pieces of an answer as they come, `Answer` at the end
+in: questions, pictures and videos; out: pieces of an answer as they come, `Answer` at the end
 The history is ids, never text encoded again: what the model wrote is what it later reads.
 """
 
@@ -10,36 +10,23 @@ import codecs
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from PIL import Image
 
 from l4cli.commands.chat_model import ChatModel
-from l4cli.data.media import grid_of, tiles_of
+from l4cli.commands.shown import Picture, Shown, Video
+from l4cli.data.geometry import PictureGeometry
+from l4cli.data.media import grid_of
+from l4cli.data.tiles import Tiles
+from l4cli.data.video import Film
 from l4cli.errors import L4Error
 from l4cli.inference import PREFILL_CHUNK, Cache, Request, SamplingOptions
-from l4cli.text import Tokenizer, image_block, num_tiles, render_chat
+from l4cli.text import Tokenizer, image_block, render_chat
 
 DEFAULT_NEW_TOKENS = 512
 _CONTEXT_IDS = 4  # tokens before a new one that may change how its text is spelled
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture the model is about to see."""
-
-    name: str
-    image: Image.Image
-    grid: tuple[int, int]
-    num_tokens: int
-
-    def describe(self) -> str:
-        """One line: what it is, how it is cut, what it costs."""
-        width, height = self.image.size
-        rows, cols = self.grid
-        tiles = num_tiles(rows, cols)
-        cut = "1 tile" if tiles == 1 else f"{tiles} tiles ({rows} x {cols} and an overview)"
-        return f"picture `{self.name}`: {width} x {height}, {cut}, {self.num_tokens} tokens"
 
 
 @dataclass
@@ -89,8 +76,8 @@ class Conversation:
         """Forget everything but the system message."""
         self.cache: Cache | None = None
         self.unread: list[int] = []  # said, but not yet read by the model
-        self.unseen: torch.Tensor | None = None  # tiles of the pictures in `unread`
-        self.waiting: list[Picture] = []  # shown with the next question
+        self.unseen = Tiles()  # of the pictures and frames in `unread`
+        self.waiting: list[Shown] = []  # shown with the next question
         self.last_picture: Picture | None = None
         self.num_turns = 0
 
@@ -104,22 +91,49 @@ class Conversation:
 
         raises: L4Error when the model cannot see, or, if it must, when it does not fit already
         """
-        geometry = self.model.geometry
-        if geometry is None:
-            why = f"`{self.model.folder}` has no picture encoder"
-            if self.engine.config.vision is not None:
-                why = f"the tokenizer of `{self.model.folder}` has no tokens for pictures"
-            fix = "name a checkpoint with vision, or leave the picture out"
-            raise L4Error(f"cannot show picture `{name}`", why=why, fix=fix)
+        geometry = self._geometry("picture", name)
         grid = grid_of(*image.size, geometry)
         num_tokens = len(image_block(self.tokenizer, *grid, geometry.tokens_per_tile))
         picture = Picture(name, image, grid, num_tokens)
-        if must_fit:
-            before = self.num_tokens + sum(waiting.num_tokens for waiting in self.waiting)
-            self.engine.check_context(before + num_tokens)
-        self.waiting.append(picture)
+        self._show(picture, must_fit)
         self.last_picture = picture
         return picture
+
+    def add_video(self, name: str, film: Film, *, must_fit: bool = False) -> Video:
+        """Show a video's frames with the next question, like so many pictures of one tile."""
+        per_tile = self._geometry("video", name).tokens_per_tile
+        per_frame = len(image_block(self.tokenizer, 1, 1, per_tile))
+        video = Video(name, film, film.num_frames * per_frame)
+        self._show(video, must_fit)
+        return video
+
+    def _geometry(self, medium: str, name: str) -> PictureGeometry:
+        if self.model.geometry is not None:
+            return self.model.geometry
+        why = f"`{self.model.folder}` has no picture encoder"
+        if self.engine.config.vision is not None:
+            why = f"the tokenizer of `{self.model.folder}` has no tokens for pictures"
+        fix = f"name a checkpoint with vision, or leave the {medium} out"
+        raise L4Error(f"cannot show {medium} `{name}`", why=why, fix=fix)
+
+    def _show(self, shown: Shown, must_fit: bool) -> None:
+        self.waiting.append(shown)
+        if must_fit:
+            try:
+                num_waiting = sum(waiting.num_tokens for waiting in self.waiting)
+                self._check_context(self.num_tokens + num_waiting)
+            except L4Error:
+                self.waiting.pop()
+                raise
+
+    def _check_context(self, num_tokens: int) -> None:
+        try:
+            self.engine.check_context(num_tokens)
+        except L4Error as error:
+            if not any(isinstance(shown, Video) for shown in self.waiting):
+                raise
+            fix = "take fewer frames with `--max-frames` or `--fps`, or begin anew (`/reset`)"
+            raise L4Error(error.what, why=error.why, fix=fix) from None
 
     def ask(
         self,
@@ -189,18 +203,19 @@ class Conversation:
     def _turn_ids(self, question: str) -> list[int]:
         """Ids of one more question with the waiting pictures before it."""
         per_tile = self.model.geometry.tokens_per_tile if self.model.geometry else 0
+        grids = [grid for shown in self.waiting for grid in shown.grids]
         is_first = self.num_tokens == 0
         if self.is_raw:
             bos = self.tokenizer.bos_id
             ids = [bos] if is_first and bos is not None else []
-            for picture in self.waiting:
-                ids += image_block(self.tokenizer, *picture.grid, per_tile).tolist()
+            for grid in grids:
+                ids += image_block(self.tokenizer, *grid, per_tile).tolist()
             ids += self.tokenizer.encode(question).tolist()
             if is_first and not ids:
                 why, fix = "the prompt is empty and the tokenizer has no BOS", "give some text"
                 raise L4Error("there is nothing to continue", why=why, fix=fix)
             return ids
-        content = [{"type": "image"} for _ in self.waiting] + [{"type": "text", "text": question}]
+        content = [{"type": "image"} for _ in grids] + [{"type": "text", "text": question}]
         messages: list[dict[str, object]] = [{"role": "user", "content": content}]
         if is_first and self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
@@ -208,7 +223,7 @@ class Conversation:
             self.tokenizer,
             messages,
             add_generation_prompt=True,
-            image_grids=[picture.grid for picture in self.waiting],
+            image_grids=grids,
             tokens_per_tile=per_tile,
         )
         ids = tokens.ids.tolist()
@@ -217,16 +232,15 @@ class Conversation:
     def _room(self, num_tokens: int) -> int:
         """How long the answer may be. raises: L4Error with the numbers when it does not fit"""
         if self.max_new_tokens is not None:
-            self.engine.check_context(num_tokens + self.max_new_tokens)
+            self._check_context(num_tokens + self.max_new_tokens)
             return self.max_new_tokens
-        self.engine.check_context(num_tokens + 1)
+        self._check_context(num_tokens + 1)
         return min(DEFAULT_NEW_TOKENS, self.engine.max_context - num_tokens)
 
     def _begin_turn(self, turn: list[int]) -> None:
         geometry = self.model.geometry
         if self.waiting and geometry is not None:
-            tiles = [torch.from_numpy(tiles_of(p.image, geometry)) for p in self.waiting]
-            self.unseen = torch.cat([*([] if self.unseen is None else [self.unseen]), *tiles])
+            self.unseen += Tiles([shown.source(geometry) for shown in self.waiting])
         self.unread += turn
         self.waiting = []
 
@@ -249,7 +263,8 @@ class Conversation:
         try:
             self.engine.prefill(
                 self.unread,
-                self.unseen,
+                # Lazy, but used as a tensor is: its length, and slices of it.
+                cast(torch.Tensor, self.unseen) if len(self.unseen) else None,
                 cache=self.cache,
                 chunk_size=PREFILL_CHUNK,
                 on_progress=after_piece,
@@ -259,9 +274,7 @@ class Conversation:
             placeholder = self.engine.config.image_token_index
             self.unread = self.unread[num_read:]
             per_tile = self.model.geometry.tokens_per_tile if self.model.geometry else 1
-            num_unseen = self.unread.count(placeholder) // per_tile
-            if self.unseen is not None:
-                self.unseen = self.unseen[len(self.unseen) - num_unseen :] if num_unseen else None
+            self.unseen = self.unseen.last(self.unread.count(placeholder) // per_tile)
 
     def _end_turn(self, newest: list[int]) -> None:
         """Close the answer in the history as the chat format does."""

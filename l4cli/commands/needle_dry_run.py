@@ -9,7 +9,7 @@ from typing import Any
 
 from l4cli import terminal
 from l4cli.commands.needle_grid import jobs_of
-from l4cli.commands.needle_model import TestedModel, require_checkpoint
+from l4cli.commands.needle_model import TestedModel
 from l4cli.commands.needle_options import Request
 from l4cli.evals.cells import length_text
 from l4cli.evals.needle.grid import Role
@@ -20,14 +20,14 @@ from l4cli.training.device import torch_device
 
 def show(request: Request) -> None:
     """Print the plan."""
-    config, dtype = _shape(request)
-    machine = _machine(request, dtype)
+    config, dtype = shape_of(request)
+    machine = machine_of(request, dtype)
     num_texts = _num_texts(request)
     rows, total_s = [], 0.0
     for length in request.length_list:
         plan = plan_reading(config, length, machine, dtype=dtype, kv_dtype=request.kv_dtype.value)
         total_s += num_texts[length] * plan.time_s
-        terminal.emit(_event(plan, num_texts[length]))
+        terminal.emit(event_of(plan, num_texts[length]))
         rows.append(_row(plan, num_texts[length]))
     terminal.emit({"event": "plan_total", "machine": machine.name, "total_time_s": total_s})
     columns = ("length", "texts", "keys and values", "memory", "fits", "FLOPs", "a text", "all")
@@ -44,7 +44,7 @@ def _num_texts(request: Request) -> dict[int, int]:
     return counts
 
 
-def _event(plan: ReadingPlan, num_texts: int) -> dict[str, Any]:
+def event_of(plan: ReadingPlan, num_texts: int) -> dict[str, Any]:
     caches = {"full": plan.full_cache_bytes, "local": plan.local_cache_bytes}
     sizes = {
         "bytes_weights": plan.weights_bytes,
@@ -82,22 +82,16 @@ def _row(plan: ReadingPlan, num_texts: int) -> tuple[str, ...]:
     )
 
 
-def _shape(request: Request) -> tuple[Llama4Config, str]:
+def shape_of(request: Request) -> tuple[Llama4Config, str]:
     """The config, and what is computed in."""
     if request.preset is not None:
         dtype = "bf16" if request.dtype.value == "auto" else request.dtype.value
         return load_preset(request.preset), dtype
-    model = TestedModel.open(
-        require_checkpoint(request.checkpoint),
-        request.tokenizer,
-        request.device.value,
-        request.dtype.value,
-        request.kv_dtype.value,
-    )
+    model = TestedModel.open(request)
     return model.config, model.compute_dtype
 
 
-def _machine(request: Request, dtype: str) -> Machine:
+def machine_of(request: Request, dtype: str) -> Machine:
     """The machine that was named, or this one."""
     if request.gpus is not None:
         return parse_gpus(request.gpus)

@@ -69,6 +69,8 @@ class SampleMaker:
 
         raises: L4Error where the haystack is too short or the length has no room
         """
+        if not jobs:
+            return
         ends = {min(job.length for job in jobs), max(job.length for job in jobs)}
         for key in dict.fromkeys((job.task, job.length) for job in jobs if job.length in ends):
             self(next(job for job in jobs if (job.task, job.length) == key))

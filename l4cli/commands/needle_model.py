@@ -9,20 +9,24 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from l4cli import terminal
 from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
 from l4cli.commands.chat_model import DTYPES, has_chat_template
+from l4cli.commands.needle_options import Request
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.cells import length_text
+from l4cli.evals.needle.engine_subject import EngineSubject, Frame
 from l4cli.inference import CacheOptions, Engine
 from l4cli.model import Llama4Config
 from l4cli.planning import available_memory
 from l4cli.planning.reading import Machine, ReadingPlan, plan_reading
 from l4cli.text import Tokenizer, load_tokenizer
 from l4cli.training.device import torch_device
+from l4cli.training.run_record import environment
 
 _SAMPLED_BYTES = 1 << 16  # of each weights file, at both ends
 _NO_LIMIT = 1 << 60
@@ -38,22 +42,52 @@ class TestedModel:
     device: torch.device
     dtype: str  # auto, fp32, bf16
     kv_dtype: str = "auto"
+    is_chat: bool = False
 
     @classmethod
-    def open(
-        cls, checkpoint: Path, tokenizer: str | None, device: str, dtype: str, kv_dtype: str
-    ) -> TestedModel:
-        """Read config and tokenizer."""
-        place = torch_device(device)
-        folder = resolve_checkpoint(checkpoint)
+    def open(cls, request: Request) -> TestedModel:
+        """Read config and tokenizer. raises: UsageError when there is nothing to test"""
+        if request.checkpoint is None:
+            why = "no checkpoint was named"
+            fix = "`l4 needle-test CHECKPOINT`, or `--dry-run --preset scout` without one"
+            raise UsageError("nothing to test", why=why, fix=fix)
+        place = torch_device(request.device.value)
+        folder = resolve_checkpoint(request.checkpoint)
         config = load_config(folder)
-        found = _tokenizer(folder, tokenizer)
+        found = _tokenizer(folder, request.tokenizer)
         if found.vocab_size > config.text.vocab_size:
-            named = tokenizer or f"in `{folder}`"
+            named = request.tokenizer or f"in `{folder}`"
             why = f"{found.vocab_size} tokens, and the model knows {config.text.vocab_size}"
             fix = "name the one it was trained with: `--tokenizer`"
             raise L4Error(f"the tokenizer {named} does not fit the model", why=why, fix=fix)
-        return cls(folder, config, found, place, dtype, kv_dtype)
+        kinds = (request.dtype.value, request.kv_dtype.value)
+        return cls(folder, config, found, place, *kinds, request.chat)
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    @property
+    def kind(self) -> str:
+        """How it runs, in a few words."""
+        return f"{self.compute_dtype}, {self.device}"
+
+    @property
+    def reserve(self) -> int:
+        """Tokens around a text and its question."""
+        return Frame.of(self.tokenizer, is_chat=self.is_chat).num_tokens
+
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other models."""
+        return {
+            "model": str(self.folder),
+            "weights": self.weights_id,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+    def weight(self, length: int) -> float:
+        """What a text of this length costs beside others."""
+        return self.plan(length).time_s
 
     @property
     def compute_dtype(self) -> str:
@@ -85,7 +119,9 @@ class TestedModel:
         )
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
-        """Warn of lengths beyond the config's. raises: L4Error for those beyond memory"""
+        """Warn of what was never learned. raises: L4Error for lengths beyond memory"""
+        if self.is_chat and not has_chat_template(self.folder):
+            terminal.warn(f"`{self.folder}` has no chat template: `--chat` may be new to it")
         limit = self.config.text.max_position_embeddings
         if lengths[-1] > limit:
             terminal.warn(
@@ -99,20 +135,20 @@ class TestedModel:
                 raise _too_long(plan, fitting)
             fitting = length
 
-    def load(self) -> Engine:
+    def subject(self) -> EngineSubject:
         """Load the weights; the engine takes texts of any length."""
         model = load_model(self.folder, device=self.device, dtype=DTYPES[self.dtype])
-        return Engine(
+        engine = Engine(
             model,
             num_token_ids=self.tokenizer.vocab_size,
             max_context=_NO_LIMIT,
             cache_options=CacheOptions(self.kv_dtype),  # type: ignore[arg-type]
         )
+        return EngineSubject(engine, self.tokenizer, is_chat=self.is_chat)
 
-    def warn_if_it_cannot_chat(self) -> None:
-        """A model that never saw the chat format answers it by chance."""
-        if not has_chat_template(self.folder):
-            terminal.warn(f"`{self.folder}` has no chat template: `--chat` may be new to it")
+    def report(self) -> dict[str, Any]:
+        """What there is to say of the machine afterwards."""
+        return {"machine": environment(self.device)}
 
 
 def _too_long(plan: ReadingPlan, fitting: int | None) -> L4Error:
@@ -142,12 +178,3 @@ def _tokenizer(folder: Path, named: str | None) -> Tokenizer:
     except L4Error as error:
         fix = "name the one it was trained with: `--tokenizer FOLDER`"
         raise L4Error(error.what, why=error.why, fix=fix) from None
-
-
-def require_checkpoint(checkpoint: Path | None) -> Path:
-    """raises: UsageError when there is nothing to test"""
-    if checkpoint is None:
-        why = "no checkpoint was named"
-        fix = "`l4 needle-test CHECKPOINT`, or `--dry-run --preset scout` without one"
-        raise UsageError("nothing to test", why=why, fix=fix)
-    return checkpoint

@@ -36,6 +36,13 @@ class KvDtype(StrEnum):
     int4 = "int4"
 
 
+class Api(StrEnum):
+    """How a server is asked."""
+
+    chat = "chat"
+    completions = "completions"
+
+
 @dataclass(frozen=True)
 class Request:
     """The fields are the parameters of `needle_test`."""
@@ -45,6 +52,9 @@ class Request:
     depths: str
     samples: int
     tasks: str
+    frames: str | None
+    hours: str | None
+    fps: float
     haystack: list[str] | None
     needle: str | None
     question: str | None
@@ -58,6 +68,14 @@ class Request:
     require: float | None
     dtype: WeightsDtype
     kv_dtype: KvDtype
+    endpoint: str | None
+    model: str | None
+    api: Api
+    api_key_env: str | None
+    jobs: int
+    timeout: float
+    max_tokens: int | None
+    answer_tokens: int | None
     preset: str | None
     gpus: str | None
     out: Path
@@ -77,6 +95,13 @@ class Request:
         return parse_depths(self.depths)
 
     @cached_property
+    def shows(self) -> bool:
+        """Whether frames or pictures are read instead of texts."""
+        from l4cli.commands.needle_frames import is_shown
+
+        return is_shown(self)
+
+    @cached_property
     def task_list(self) -> tuple[str, ...]:
         """The tasks with a question, `nll` aside. raises: UsageError"""
         from l4cli.data.longcontext.tasks import parse_tasks
@@ -91,15 +116,44 @@ class Request:
 
     def check(self) -> None:
         """Refuse what cannot be meant, before torch is loaded."""
-        self.length_list, self.depth_list, self.task_list  # noqa: B018
+        if self.shows:
+            from l4cli.commands.needle_frames import check
+
+            check(self)
+        else:
+            self.length_list, self.task_list  # noqa: B018
+        self.depth_list  # noqa: B018
         for name, value in (("preset", self.preset), ("gpus", self.gpus)):
             if value is not None and not self.dry_run:
                 why = "it is for planning, and a test needs a checkpoint and this machine"
                 fix = "add `--dry-run`, or leave it out"
                 raise UsageError(f"`--{name} {value}` given", why=why, fix=fix)
+        self._check_endpoint()
         if self.preset is not None and self.checkpoint is not None:
             why = "both name a model"
             raise UsageError(f"`{self.checkpoint}` and `--preset` given", why=why, fix="give one")
+
+    def _check_endpoint(self) -> None:
+        if self.endpoint is None:
+            if self.model is not None:
+                why = "it is the name of a model on a server"
+                fix = "add `--endpoint URL`, or name a checkpoint folder without `--model`"
+                raise UsageError(f"`--model {self.model}` given", why=why, fix=fix)
+            return
+        others = {
+            f"`{self.checkpoint}`": self.checkpoint is not None,
+            "`--preset`": self.preset is not None,
+            "`--dry-run`": self.dry_run,
+            "`--chat`": self.chat,
+            f"`--kv-dtype {self.kv_dtype}`": self.kv_dtype is not KvDtype.auto,
+            f"`--dtype {self.dtype}`": self.dtype is not WeightsDtype.auto,
+            "`--tasks nll`": self.wants_nll,
+        }
+        for name, is_given in others.items():
+            if is_given:
+                why = "with `--endpoint` the model is the server's affair"
+                fix = f"leave out {name} or `--endpoint`"
+                raise UsageError(f"{name} and `--endpoint` given", why=why, fix=fix)
 
     def settings(self) -> dict[str, Any]:
         """What makes this test that one and no other, the model's own facts aside."""
@@ -112,6 +166,7 @@ class Request:
             "separate": self.separate,
             "controls": self.controls,
             "chat": self.chat,
+            "api": None if self.endpoint is None else self.api.value,
             "dtype": self.dtype.value,
             "kv_dtype": self.kv_dtype.value,
             "haystack": self.haystack,

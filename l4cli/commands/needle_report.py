@@ -56,10 +56,13 @@ def draw(folder: Path, summary: Mapping[str, Any], name: str) -> None:
         return
     settings = summary["settings"]
     haystack = ", ".join(settings["haystack"] or ["generated filler"])
+    where = settings.get("endpoint") or f"weights {settings['weights']}, {settings['dtype']}"
     place = "one needle a text" if settings["separate"] else "all depths in one text"
     place += ", chat format" if settings["chat"] else ""
+    if "endpoint" in summary:
+        place += f"; tokens counted with {summary['endpoint']['tokens_counted_with']}"
     caption = (
-        f"Model: {summary['model']} (weights {settings['weights']}, {settings['dtype']}). "
+        f"Model: {summary['model']} ({where}). "
         f"Haystack: {haystack}. {settings['samples']} texts at each length, seed "
         f"{settings['seed']}, {place}. Intervals: 95% Wilson."
     )

@@ -6,95 +6,136 @@ in: a request; out: the results' folder, events, exit code 1 below `--require`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from l4cli import terminal
 from l4cli.checkpoint import RunFolder
+from l4cli.commands import needle_nll as nll
 from l4cli.commands import needle_report as report
 from l4cli.commands.needle_grid import HARD_VARIANTS, SampleMaker, grid_options, jobs_of
-from l4cli.commands.needle_model import TestedModel, require_checkpoint
-from l4cli.commands.needle_options import Request
+from l4cli.commands.needle_options import NLL, Request
 from l4cli.evals.cells import length_text
 from l4cli.evals.needle import Job, ResultsStore, Role, Subject, run_grid
 from l4cli.evals.needle.cells import collect_cells, outcomes_of
-from l4cli.evals.needle.engine_subject import EngineSubject, Frame
+from l4cli.evals.needle.engine_subject import EngineSubject
 from l4cli.evals.needle.grid import remaining
 from l4cli.evals.needle.store import require_usable
 from l4cli.evals.needle.summary import summarize
-from l4cli.training.run_record import environment
+from l4cli.text import Tokenizer
 
 
 def run(request: Request) -> None:
     """Everything but the dry run."""
     require_usable(request.out, fresh=request.fresh)
-    model = TestedModel.open(
-        require_checkpoint(request.checkpoint),
-        request.tokenizer,
-        request.device.value,
-        request.dtype.value,
-        request.kv_dtype.value,
-    )
-    model.check_lengths(request.length_list)
-    if request.chat:
-        model.warn_if_it_cannot_chat()
-    frame = Frame.of(model.tokenizer, is_chat=request.chat)
-    maker = SampleMaker(request, model.tokenizer, frame.num_tokens)
+    tested = _open(request)
+    tested.check_lengths(request.length_list)
+    maker = SampleMaker(request, tested.tokenizer, tested.reserve)
     jobs = jobs_of(request)
     maker.check(jobs)
-    settings = request.settings() | {
-        "model": str(model.folder),
-        "weights": model.weights_id,
-        "tokenizer": model.tokenizer.fingerprint,
-    }
+    documents = None
+    if request.wants_nll:
+        longest = request.length_list[-1] - 1  # BOS counts as well
+        documents = nll.documents_of(request.haystack, longest, tested.tokenizer)
+    settings = request.settings() | tested.facts()
     with RunFolder(request.out):
         store = ResultsStore.open(request.out, settings)
-        _read(request, model, maker, jobs, store)
+        _read(request, tested, maker, jobs, documents, store)
         summary = {
-            "model": settings["model"],
+            "model": tested.name,
             "settings": settings,
             **summarize(
-                store.records,
+                [record for record in store.records if record["role"] != NLL],
                 grid_options(request),
                 HARD_VARIANTS,
                 ruler_threshold=request.threshold,
             ),
+            "nll": nll.summarized(store.records),
             "time_s": round(sum(record["time_s"] for record in store.records), 3),
-            "machine": environment(model.device),
+            **tested.report(),
         }
         report.write_summary(request.out, summary)
-        report.draw(request.out, summary, model.folder.name)
+        report.draw(request.out, summary, tested.name)
+        if summary["nll"]:
+            nll.draw(request.out, summary["nll"], tested.name)
     report.show(summary)
+    if summary["nll"]:
+        nll.show(summary["nll"])
     terminal.emit(
         {
             "event": "done",
             "out": str(request.out),
             "effective_length": summary["effective_length"],
             "means_by_task": summary["means_by_task"],
+            "nll_falls": {order: found["falls"] for order, found in summary["nll"].items()},
         }
     )
     report.require(summary["means_by_task"], request.require)
 
 
+class Tested(Protocol):
+    """A model whose weights are not loaded, or whose server is not asked, yet."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def reserve(self) -> int: ...
+    def facts(self) -> dict[str, Any]: ...
+    def check_lengths(self, lengths: tuple[int, ...]) -> None: ...
+    def weight(self, length: int) -> float: ...
+    def subject(self) -> Subject: ...
+    def report(self) -> dict[str, Any]: ...
+
+
+def _open(request: Request) -> Tested:
+    if request.endpoint is not None:
+        from l4cli.commands.needle_endpoint import TestedEndpoint
+
+        return TestedEndpoint.open(request)
+    from l4cli.commands.needle_model import TestedModel
+
+    return TestedModel.open(request)
+
+
 def _read(
-    request: Request, model: TestedModel, maker: SampleMaker, jobs: list[Job], store: ResultsStore
+    request: Request,
+    tested: Tested,
+    maker: SampleMaker,
+    jobs: list[Job],
+    documents: list[Any] | None,
+    store: ResultsStore,
 ) -> None:
     """Read what the store lacks; finished groups of cells are told as they come."""
     cells = _CellTeller(jobs, store)
     cells.tell_finished()
     missing = remaining(jobs, store.finished)
-    if not missing:
-        terminal.say(f"`{request.out}` holds all {len(jobs)} texts of this test already")
+    orders = [order for order in nll.ORDERS if nll.key_of(order) not in store.finished]
+    if documents is None:
+        orders = []
+    num_texts = len(jobs) + (0 if documents is None else len(nll.ORDERS))
+    if not missing and not orders:
+        terminal.say(f"`{request.out}` holds all {num_texts} texts of this test already")
         return
-    _describe(request, model, jobs, missing)
-    weights = {length: model.plan(length).time_s for length in request.length_list}
-    total = sum(_weight(job, weights) for job in missing)
-    subject = EngineSubject(model.load(), model.tokenizer, is_chat=request.chat)
+    _describe(request, tested, num_texts, num_texts - len(missing) - len(orders))
+    weights = {length: tested.weight(length) for length in request.length_list}
+    longest = weights[request.length_list[-1]]
+    total = sum(_weight(job, weights) for job in missing) + len(orders) * longest
+    subject = tested.subject()
     try:
         with terminal.progress("reading", total) as bar:
-            _Reader(subject, bar, weights, cells.after).run(missing, maker, store)
+            reader = _Reader(subject, bar, weights, cells.after)
+            # The server, not this process, does the work: several texts may be under way.
+            num_at_once = 1 if request.endpoint is None else request.jobs
+            reader.run(missing, maker, store, num_at_once)
+            if documents is not None:
+                assert isinstance(subject, EngineSubject)
+                nll.run(subject, documents, request.seed, store, reader.inside_run)
     except BaseException:
-        kept = len(jobs) - len(remaining(jobs, store.finished))
-        terminal.say(f"{kept} of {len(jobs)} texts are kept; the same command again reads the rest")
+        kept = f"{store.num_kept()} of {num_texts} texts are kept"
+        terminal.say(f"{kept}; the same command again reads the rest")
         raise
 
 
@@ -118,8 +159,18 @@ class _Reader:
         if isinstance(subject, EngineSubject):
             subject.on_progress = self.inside
 
-    def run(self, jobs: list[Job], maker: SampleMaker, store: ResultsStore) -> None:
-        run_grid(jobs, maker, self.subject, store, before_job=self.before, after_job=self.after)
+    def run(
+        self, jobs: list[Job], maker: SampleMaker, store: ResultsStore, num_at_once: int
+    ) -> None:
+        run_grid(
+            jobs,
+            maker,
+            self.subject,
+            store,
+            num_at_once=num_at_once,
+            before_job=self.before,
+            after_job=self.after,
+        )
 
     def before(self, job: Job) -> None:
         self.job = job
@@ -131,6 +182,13 @@ class _Reader:
         share = min(1.0, num_read / self.job.length) * _weight(self.job, self.weights)
         where = f"{self.job.task} {length_text(self.job.length)}"
         self.bar.update(self.done + share, text=where)
+
+    def inside_run(self, order: str, num_read: int) -> None:
+        """Called as tokens of a run for `nll` are read."""
+        length, weight = max(self.weights.items())
+        self.bar.update(self.done + weight * num_read / length, text=f"nll {order}")
+        if num_read + 1 >= length:
+            self.done += weight
 
     def after(self, job: Job) -> None:
         self.done += _weight(job, self.weights)
@@ -164,13 +222,12 @@ class _CellTeller:
             report.emit_cells(collect_cells(outcomes_of(found)))
 
 
-def _describe(request: Request, model: TestedModel, jobs: list[Job], missing: list[Job]) -> None:
+def _describe(request: Request, tested: Tested, num_texts: int, num_kept: int) -> None:
     """Say once what is tested and how."""
     lengths = ", ".join(map(length_text, request.length_list))
     terminal.say(
-        f"`{model.folder}` ({model.compute_dtype}, {model.device}): {', '.join(request.task_list)} "
-        f"at {lengths} tokens, {len(request.depth_list)} depths, {request.samples} texts each"
+        f"`{tested.name}` ({tested.kind}): {', '.join(request.settings()['tasks'])} at {lengths} "
+        f"tokens, {len(request.depth_list)} depths, {request.samples} texts each"
     )
-    kept = len(jobs) - len(missing)
-    already = f", {kept} of them kept from before" if kept else ""
-    terminal.say(f"{len(jobs)} texts with their controls{already} -> `{request.out}`")
+    already = f", {num_kept} of them kept from before" if num_kept else ""
+    terminal.say(f"{num_texts} texts, controls included{already} -> `{request.out}`")

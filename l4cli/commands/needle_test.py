@@ -9,7 +9,10 @@ Results go to `results.jsonl`, `summary.json` and `heatmap.png`.
 examples:
   l4 needle-test runs/nano/latest --lengths 1k,4k,16k --depths 11 -o report/
   l4 needle-test runs/nano/latest --lengths 1k,4k,...,1m --haystack books/ --require 0.95
+  l4 needle-test --endpoint http://127.0.0.1:8000/v1 --model scout --tokenizer tok/
   l4 needle-test --dry-run --preset scout --gpus 8xh100 --lengths 128k,1m,10m
+  l4 needle-test runs/nano/latest --tasks video --frames 8,64,512 --depths 5 --chat
+  l4 needle-test --dry-run --preset scout --gpus 8xh100 --hours 0.1,1,20 --fps 1
 """
 
 from __future__ import annotations
@@ -20,9 +23,18 @@ from typing import Annotated
 import typer
 
 from l4cli import terminal
-from l4cli.commands.needle_options import KvDtype, Request, WeightsDtype
-from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
+from l4cli.commands.needle_options import Api, KvDtype, Request, WeightsDtype
+from l4cli.commands.options import (
+    DEFAULT_FPS,
+    Device,
+    DeviceOption,
+    Fps,
+    Json,
+    Quiet,
+    Seed,
+)
 
+FRAMES_HELP = "read films of so many frames (`--tasks video`) or so many pictures (`pictures`)"
 REQUIRE_HELP = "exit 1 if a task's mean over all lengths and depths is lower, as in 0.95"
 
 
@@ -40,6 +52,11 @@ def needle_test(
     tasks: Annotated[
         str, typer.Option(metavar="LIST", help="what is asked: names, `ruler`, `all`, `nll`")
     ] = "single",
+    frames: Annotated[str | None, typer.Option(metavar="LIST", help=FRAMES_HELP)] = None,
+    hours: Annotated[
+        str | None, typer.Option(metavar="LIST", help="the same in hours of film, at `--fps`")
+    ] = None,
+    fps: Fps = DEFAULT_FPS,
     haystack: Annotated[
         list[str] | None,
         typer.Option(help="text files, folders or packed shards to hide needles in"),
@@ -71,6 +88,36 @@ def needle_test(
     kv_dtype: Annotated[
         KvDtype, typer.Option(help="how layers that see everything keep keys and values")
     ] = KvDtype.auto,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="instead of a checkpoint: an OpenAI-compatible server"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="with `--endpoint`: the model's name there")
+    ] = None,
+    api: Annotated[
+        Api, typer.Option(help="with `--endpoint`: ask in a chat or continue a text")
+    ] = Api.chat,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="variable with the key  [default: OPENAI_API_KEY]"),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="with `--endpoint`: requests at the same time")
+    ] = 4,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="with `--endpoint`: seconds to wait for one answer")
+    ] = 300,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="with `--endpoint`: tokens this run may cost in all")
+    ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="with `--endpoint`: room for one answer, thinking included  [default: a sentence]",
+        ),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="with `--dry-run`: a shape instead of a checkpoint")
     ] = None,
@@ -94,7 +141,11 @@ def needle_test(
     request = Request(**locals())
     terminal.configure(json=json, quiet=quiet)
     request.check()
-    if dry_run:
+    if request.shows:
+        from l4cli.commands import needle_video
+
+        needle_video.run(request)
+    elif dry_run:
         from l4cli.commands import needle_dry_run
 
         needle_dry_run.show(request)

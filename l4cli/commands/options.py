@@ -16,6 +16,10 @@ _WINDOW_TOKENS = 1 << 21
 COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}  # of tokens
 
 
+DEFAULT_FPS = 1.0  # frames a second of a video
+DEFAULT_MAX_FRAMES = 64
+
+
 class Device(StrEnum):
     """Where tensors live; `auto` is cuda where there is one."""
 
@@ -28,6 +32,12 @@ Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="only errors and warnings on stderr")]
 Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="seed of everything random")
+]
+Fps = Annotated[
+    float, typer.Option("--fps", min=0.001, max=1000, help="frames to take a second of a video")
+]
+MaxFrames = Annotated[
+    int, typer.Option("--max-frames", min=1, help="most frames of a video, then spread evenly")
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="where to compute")]
 

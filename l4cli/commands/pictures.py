@@ -1,6 +1,6 @@
-"""Open the pictures that people name.
+"""Open the pictures and videos that people name.
 
-in: paths; out: RGB pictures; raises L4Error that says which file and why
+in: paths; out: RGB pictures, films; raises L4Error that says which file and why
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from l4cli.data.media import open_picture
+from l4cli.data.video import Film, Sampling, open_film
 from l4cli.errors import L4Error
-
-
-def open_images(paths: list[Path]) -> list[tuple[str, Image.Image]]:
-    """Open pictures. raises: L4Error naming the one that cannot be used"""
-    return [(str(path), open_image(path)) for path in paths]
 
 
 def open_image(path: Path) -> Image.Image:
@@ -32,3 +28,11 @@ def open_image(path: Path) -> Image.Image:
         return open_picture(data)
     except L4Error as error:
         raise L4Error(what, why=error.why, fix=error.fix) from None
+
+
+def open_video(path: Path, sampling: Sampling) -> Film:
+    """Look at a video and choose its frames. raises: L4Error with its path"""
+    try:
+        return open_film(path, sampling)
+    except L4Error as error:
+        raise L4Error(f"cannot use video `{path}`", why=error.why, fix=error.fix) from None

@@ -18,16 +18,18 @@ from typing import Any
 from l4cli import terminal
 from l4cli.commands.boxes import show_boxes
 from l4cli.commands.conversation import Answer, Conversation
-from l4cli.commands.pictures import open_image
+from l4cli.commands.pictures import open_image, open_video
+from l4cli.data.video import Sampling
 from l4cli.errors import L4Error, suggest
 
 HELP = """\
 /image PATH   show a picture with the next question
-/reset        forget the conversation and its pictures
+/video PATH   show a video with the next question
+/reset        forget the conversation and what was shown
 /help         this list
 /exit         end; so does Ctrl-D
 Ctrl-C        stop the answer; what was said stays in the conversation"""
-COMMANDS = ("/image", "/reset", "/help", "/exit")
+COMMANDS = ("/image", "/video", "/reset", "/help", "/exit")
 _COMMAND = re.compile(r"/[a-z]+")
 PROMPT = "> "
 _PROGRESS_TOKENS = 8192  # shorter prompts are read before anyone wonders
@@ -35,24 +37,24 @@ _PROGRESS_TOKENS = 8192  # shorter prompts are read before anyone wonders
 
 def answer_once(conversation: Conversation, question: str) -> Answer:
     """Ask one question and write the answer, or the JSON object, to stdout."""
-    for picture in conversation.waiting:
-        terminal.say(picture.describe())
+    for shown in conversation.waiting:
+        terminal.say(shown.describe())
     answer = Answer()
     _speak(conversation, question, answer)
     return answer
 
 
-def talk(conversation: Conversation, boxes: Path | None = None) -> None:
+def talk(conversation: Conversation, frames: Sampling, boxes: Path | None = None) -> None:
     """Read questions and commands until the end of input."""
-    for picture in conversation.waiting:
-        terminal.say(picture.describe())
+    for shown in conversation.waiting:
+        terminal.say(shown.describe())
     while True:
         try:
             line = _read_line().strip()
             if line == "/exit":
                 return
             if _COMMAND.fullmatch(line.split(" ")[0]):
-                _obey(conversation, line)
+                _obey(conversation, line, frames)
             elif line:
                 _exchange(conversation, line, boxes)
         except EOFError:
@@ -72,13 +74,17 @@ def _exchange(conversation: Conversation, question: str, boxes: Path | None) -> 
         show_boxes(answer.text, picture.image, boxes)
 
 
-def _obey(conversation: Conversation, line: str) -> None:
+def _obey(conversation: Conversation, line: str, frames: Sampling) -> None:
     """Carry out a line that begins with a slash."""
     command, _, rest = line.partition(" ")
     if command == "/image":
-        path = _path(rest.strip())
+        path = _path(rest.strip(), "picture", "/image photo.jpg")
         picture = conversation.add_picture(str(path), open_image(path), must_fit=True)
         terminal.say(picture.describe())
+    elif command == "/video":
+        path = _path(rest.strip(), "video", "/video film.mp4")
+        video = conversation.add_video(str(path), open_video(path, frames), must_fit=True)
+        terminal.say(video.describe())
     elif command == "/reset":
         conversation.reset()
         terminal.say("the conversation is empty")
@@ -89,11 +95,11 @@ def _obey(conversation: Conversation, line: str) -> None:
         raise L4Error(what, why=why, fix=f"{suggest(command, COMMANDS)}, or see `/help`")
 
 
-def _path(text: str) -> Path:
+def _path(text: str, medium: str, example: str) -> Path:
     """A path as typed, or as terminals paste it: quoted, or with escaped spaces."""
     if not text:
-        fix = "`/image photo.jpg`"
-        raise L4Error("no picture named", why="`/image` wants a path", fix=fix)
+        why = f"`{example.split()[0]}` wants a path"
+        raise L4Error(f"no {medium} named", why=why, fix=f"`{example}`")
     path = Path(text).expanduser()
     if not path.exists():
         try:

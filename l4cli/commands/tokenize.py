@@ -1,8 +1,10 @@
-"""Turn text, code, JSONL and pictures into a token stream.
+"""Turn text, code, JSONL, pictures and videos into a token stream.
 
 Input is files, folders, patterns or stdin (`-`). Files named `.jsonl` or `.ndjson` hold one
-document a row: `text`, or OpenAI-style `messages`, with pictures in `images`; any other file is
-one document of plain text. PNG and JPEG files that are named become documents of one picture.
+document a row: `text`, or OpenAI-style `messages`, with pictures in `images` and videos in
+`videos`; any other file is one document of plain text. PNG, JPEG and video files that are named
+become documents of their own. Of a video, `--fps` frames a second are taken, each as one tile; of a
+long one `--max-frames`, spread evenly over it.
 With `--synthetic` nothing is read: long texts with questions are made, for teaching long context.
 
 examples:
@@ -10,6 +12,7 @@ examples:
   l4 tokenize 'src/**/*.py' README.md -o code.tokens
   cat book.txt | l4 tokenize | l4 pack -o shards/
   l4 tokenize captions.jsonl --preset nano --skip-bad -o captions.tokens
+  l4 tokenize films/*.mp4 --preset nano --fps 2 --max-frames 32 -o films.tokens
   l4 tokenize --synthetic retrieval --count 5M --length 512 --hard 0.5 -o needles.tokens
 """
 
@@ -35,13 +38,21 @@ from l4cli.commands.longcontext_options import (
     QuestionOption,
     ValuesOption,
 )
-from l4cli.commands.options import Json, Quiet
+from l4cli.commands.options import (
+    DEFAULT_FPS,
+    DEFAULT_MAX_FRAMES,
+    Fps,
+    Json,
+    MaxFrames,
+    Quiet,
+)
 from l4cli.commands.synthetic_stream import SyntheticJob, SyntheticOptions
 from l4cli.data.inputs import STDIN, InputFormat, Inputs
 from l4cli.errors import L4Error, UsageError
 
 if TYPE_CHECKING:
     from l4cli.data.geometry import PictureGeometry
+    from l4cli.data.video import Sampling
     from l4cli.text import Tokenizer
 
 EVENT_INTERVAL_S = 10.0
@@ -64,6 +75,8 @@ def tokenize(
     text_key: Annotated[
         str | None, typer.Option(help="key of the text in JSONL rows; stdin is then JSONL")
     ] = None,
+    fps: Fps = DEFAULT_FPS,
+    max_frames: MaxFrames = DEFAULT_MAX_FRAMES,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="leave bad documents out and report them")
     ] = False,
@@ -133,9 +146,11 @@ def tokenize(
     total_bytes = asked.total_bytes()  # finds missing inputs before any work
     geometry = _geometry(preset, tokenizer)
 
+    from l4cli.data.video import Sampling
     from l4cli.text import load_tokenizer
 
-    job = _Job(asked, load_tokenizer(tokenizer), geometry, text_key, skip_bad)
+    sampling = Sampling(fps, max_frames)
+    job = _Job(asked, load_tokenizer(tokenizer), geometry, text_key, sampling, skip_bad)
     with _output(out) as file:
         job.run(file, jobs or _num_cores(), total_bytes)
     job.tell(out)
@@ -258,6 +273,7 @@ class _Job:
         tokenizer: Tokenizer,
         geometry: PictureGeometry,
         text_key: str | None,
+        sampling: Sampling,
         skip_bad: bool,
     ) -> None:
         from l4cli.data.documents import DocumentReader, Report
@@ -269,7 +285,7 @@ class _Job:
         self.inputs, self.tokenizer, self.geometry = inputs, tokenizer, geometry
         self.report, self.totals = Report(skip_bad), Totals()
         self.reader = DocumentReader(inputs, tokenizer.divide, self.report)
-        self.encoder = DocumentEncoder(tokenizer, geometry, text_key)
+        self.encoder = DocumentEncoder(tokenizer, geometry, text_key, sampling)
         self.num_bytes, self.start_s, self._last_s = 0, time.monotonic(), 0.0
 
     def run(self, file: BinaryIO, jobs: int, total_bytes: int | None) -> None:
@@ -318,6 +334,7 @@ class _Job:
             "num_documents": self.totals.documents,
             "num_tokens": self.totals.tokens,
             "num_media": self.totals.media,
+            "num_videos": self.report.videos["videos"],
             "num_bytes": self.num_bytes,
             "mb_per_sec": round(mb_per_sec, 3),
             "tok_per_sec": round(tok_per_sec, 1),
@@ -339,10 +356,19 @@ class _Job:
         for reason, count in self.inputs.skipped.items():
             if count:
                 terminal.say(f"left out {reason}: {count}")
-        counts = self._counts()
+        counts, videos = self._counts(), self.report.videos
+        if videos["spread"]:
+            sampling = self.encoder.sampling
+            terminal.say(
+                f"longer than `--max-frames {sampling.max_frames}` at `--fps {sampling.fps:g}`: "
+                f"{videos['spread']} videos; their frames are spread evenly over them"
+            )
+        films = f"videos {videos['videos']} of {videos['frames']} frames  "
         terminal.say(
             f"documents {counts['num_documents']}  tokens {counts['num_tokens']}  "
-            f"pictures {counts['num_media']}  input {terminal.bytes_text(self.num_bytes)}  "
+            f"pictures {counts['num_media'] - videos['frames']}  "
+            + (films if videos["videos"] else "")
+            + f"input {terminal.bytes_text(self.num_bytes)}  "
             f"{counts['mb_per_sec']:.1f} MB/s  {terminal.count_text(counts['tok_per_sec'])} tok/s"
             + (f"  -> {out}" if out else "")
         )

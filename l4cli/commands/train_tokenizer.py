@@ -141,7 +141,13 @@ class _Job:
 
     def _texts(self, bar: terminal.Progress) -> Iterator[str]:
         """Stream the texts of all inputs, in pieces of bounded size."""
-        from l4cli.data.documents import BadInput, DocumentReader, PictureFile, TextPart
+        from l4cli.data.documents import (
+            BadInput,
+            DocumentReader,
+            PictureFile,
+            TextPart,
+            VideoFile,
+        )
         from l4cli.data.rows import parse_row
         from l4cli.text.splitting import blocks
 
@@ -149,6 +155,9 @@ class _Job:
             for item in unit.items:
                 if isinstance(item, PictureFile):
                     self.inputs.skipped["pictures"] += 1
+                    continue
+                if isinstance(item, VideoFile):
+                    self.inputs.skipped["videos"] += 1
                     continue
                 if isinstance(item, TextPart):
                     self.num_documents += item.ends

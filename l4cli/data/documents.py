@@ -1,4 +1,4 @@
-"""Read sources into units of work of bounded size: parts of text, rows, pictures.
+"""Read sources into units of work of bounded size: parts of text, rows, pictures, videos.
 
 in: `Source`s of any length, endless ones too; out: `Unit`s in order, enough for one thread each
 """
@@ -44,6 +44,7 @@ class Report:
     skip_bad: bool = False
     bad: Counter[str] = field(default_factory=Counter)
     first: dict[str, BadInput] = field(default_factory=dict)
+    videos: Counter[str] = field(default_factory=Counter)  # how many, their frames, those spread
 
     def leave_out(self, error: BadInput) -> None:
         """Count a bad document, or stop if bad documents are not to be skipped."""
@@ -79,7 +80,14 @@ class PictureFile:
     path: Path
 
 
-Item = TextPart | RawRow | PictureFile
+@dataclass(frozen=True)
+class VideoFile:
+    """A video that is a document of its own."""
+
+    path: Path
+
+
+Item = TextPart | RawRow | PictureFile | VideoFile
 
 
 @dataclass
@@ -118,10 +126,11 @@ class DocumentReader:
     def _items(self) -> Iterator[Item]:
         for source in self.inputs.sources():
             try:
-                if source.kind is Kind.picture:
+                if source.kind in (Kind.picture, Kind.video):
                     assert source.path is not None
                     self._num_bytes += source.size or 0
-                    yield PictureFile(source.path)
+                    is_picture = source.kind is Kind.picture
+                    yield PictureFile(source.path) if is_picture else VideoFile(source.path)
                 elif source.kind is Kind.text:
                     yield from self._text(source)
                 else:
@@ -231,9 +240,12 @@ def _weight(item: Item) -> float:
         return len(item.text) / UNIT_BYTES + 1 / UNIT_ROWS
     if isinstance(item, PictureFile):
         return 1 / UNIT_PICTURES
+    if isinstance(item, VideoFile):
+        return 1
     # A glance, not a parse: the threads do that.
     pictures = item.data.count(b'"image') if item.is_json else 0
-    return len(item.data) / UNIT_BYTES + 1 / UNIT_ROWS + pictures / UNIT_PICTURES
+    videos = item.data.count(b'"video') if item.is_json else 0
+    return len(item.data) / UNIT_BYTES + 1 / UNIT_ROWS + pictures / UNIT_PICTURES + videos
 
 
 @contextmanager

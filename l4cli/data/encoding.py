@@ -6,20 +6,22 @@ source: DESIGN.md section 2 (a document is BOS, its tokens, EOS); HF Llama4Proce
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from l4cli.data.documents import BadInput, Item, PictureFile, Report, TextPart, Unit
+from l4cli.data.documents import BadInput, Item, PictureFile, Report, TextPart, Unit, VideoFile
 from l4cli.data.frame import Frame, Labels
 from l4cli.data.geometry import PictureGeometry
 from l4cli.data.media import PictureError, grid_of, open_picture
-from l4cli.data.rows import Row, parse_row, read_picture
+from l4cli.data.rows import Row, parse_row, read_frames, read_picture
 from l4cli.data.stream import FRAME_MEDIA_BYTES, FRAME_TOKENS
+from l4cli.data.video import Sampling, encode_film
 from l4cli.errors import L4Error
 from l4cli.text import Tokenizer, image_block, render_chat
 
@@ -42,15 +44,21 @@ class Part:
     media_positions: list[int] = field(default_factory=list)
     media_tiles: list[tuple[int, int]] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
+    videos: Counter[str] = field(default_factory=Counter)  # as in `Report`
 
 
 class DocumentEncoder:
     """Encodes one item at a time; threads can share it."""
 
     def __init__(
-        self, tokenizer: Tokenizer, geometry: PictureGeometry, text_key: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        geometry: PictureGeometry,
+        text_key: str | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         self.tokenizer, self.geometry, self.text_key = tokenizer, geometry, text_key
+        self.sampling = sampling or Sampling()
         self._can_picture = self._can_chat = False
         self._begin, self._end = (
             _NO_TOKENS if i is None else np.array([i], np.uint32)
@@ -64,11 +72,22 @@ class DocumentEncoder:
             ids += [self.tokenizer.encode(item.text)]
             ids += [self._end] if item.ends else []
             return Part(np.concatenate(ids), item.starts, item.ends)
+        videos = Counter[str]()
+
+        def frames_of(source: Path | bytes) -> list[bytes]:
+            film, frames = encode_film(source, self.sampling, self.geometry)
+            videos.update(videos=1, frames=len(frames), spread=int(film.is_spread))
+            return frames
+
         if isinstance(item, PictureFile):
             place = f"`{item.path}`"
             row = Row(texts=["", ""], pictures=[read_picture(item.path, place)])
+        elif isinstance(item, VideoFile):
+            place = f"`{item.path}`"
+            frames = read_frames(item.path, place, frames_of)
+            row = Row(texts=[""] * (len(frames) + 1), pictures=frames)
         else:
-            place, row = item.place, parse_row(item, self.text_key)
+            place, row = item.place, parse_row(item, self.text_key, frames_of)
         self._check_vocabulary(row)
         grids = [self._grid(picture, place) for picture in row.pictures]
         try:
@@ -79,6 +98,7 @@ class DocumentEncoder:
             why = f"{error.what}: {error.why}"
             raise BadInput(place, reason, why, error.fix) from error
         part.labels, part.media, part.media_tiles = row.labels, row.pictures, grids
+        part.videos = videos
         return part
 
     def _check_vocabulary(self, row: Row) -> None:
@@ -243,6 +263,8 @@ def encode_units(
     for parts, bad, num_bytes in _in_order(units, encode, jobs):
         for error in bad:
             report.leave_out(error)
+        for part in parts:
+            report.videos += part.videos
         yield [frame for part in parts for frame in builder.add(part)], num_bytes
     yield list(builder.flush()), 0
 

@@ -18,6 +18,8 @@ from l4cli.errors import L4Error
 
 STDIN = "-"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# Not `.ts`: that is TypeScript more often than a recording.
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 HEAD_BYTES = 8192  # a zero byte among the first ones marks a binary file, as in grep and git
 
@@ -37,6 +39,7 @@ class Kind(StrEnum):
     lines = "lines"
     jsonl = "jsonl"
     picture = "picture"
+    video = "video"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Inputs:
             return "hidden files"
         if path.suffix.lower() in PICTURE_SUFFIXES:
             return "pictures (name them, or a pattern of them, to take them)"
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            return "videos (name them, or a pattern of them, to take them)"
         status = _status(path)
         if status is None:
             return None
@@ -118,6 +123,8 @@ class Inputs:
         suffix = path.suffix.lower()
         if suffix in PICTURE_SUFFIXES:
             kind = Kind.picture
+        elif suffix in VIDEO_SUFFIXES:
+            kind = Kind.video
         elif self.format is not None:
             kind = Kind(self.format)
         else:

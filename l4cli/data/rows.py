@@ -1,6 +1,7 @@
-"""What one row says: a text or a chat, the pictures it names, its labels.
+"""What one row says: a text or a chat, the pictures and videos it names, its labels.
 
-in: a line of JSON, or of text; out: `Row`, its markers and pictures matched one to one
+in: a line of JSON, or of text; out: `Row`, its markers and media matched one to one, a video as the
+pictures of its frames
 source: OpenAI's chat format (`messages`, `image_url`); DESIGN.md section 2 for markers
 """
 
@@ -9,15 +10,21 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from l4cli.data.documents import BadInput, RawRow
 from l4cli.data.media import MAX_MEDIA_BYTES
+from l4cli.data.video import VideoError
 
-MARKER = "<|image|>"
+# What a row may name: the key of the paths, and what stands for one of them in a text.
+KEYS = {"image": "images", "video": "videos"}
+MARKERS = {"image": "<|image|>", "video": "<|video|>"}
+_KINDS = {marker: kind for kind, marker in MARKERS.items()}
 LABELS = ("lang", "source")
 MAX_LABEL_CHARS = 256
 _FIX_ROW = "repair the row, or pass `--skip-bad` to leave such rows out"
@@ -33,7 +40,16 @@ class Row:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-def parse_row(raw: RawRow, text_key: str | None) -> Row:
+FramesOf = Callable[[Path | bytes], list[bytes]]
+Paths = dict[str, list[str]]  # kind -> what the row names under its key
+
+
+def no_frames(source: Path | bytes) -> list[bytes]:
+    """For who reads the texts alone: a video is one picture that nobody looks at."""
+    return [b""]
+
+
+def parse_row(raw: RawRow, text_key: str | None, frames_of: FramesOf = no_frames) -> Row:
     """Look into one line. raises: BadInput with the file and line"""
     try:
         text = raw.data.decode("utf-8")
@@ -43,14 +59,14 @@ def parse_row(raw: RawRow, text_key: str | None) -> Row:
         raise BadInput(raw.place, "invalid UTF-8", why, _FIX_ROW) from error
     if not raw.is_json:
         return Row(texts=[text.removesuffix("\n").removesuffix("\r")])
-    return _JsonRow(raw, text).parse(text_key)
+    return _JsonRow(raw, text, frames_of).parse(text_key)
 
 
 class _JsonRow:
     """One JSON row being read; keeps the place for errors."""
 
-    def __init__(self, raw: RawRow, text: str) -> None:
-        self.raw = raw
+    def __init__(self, raw: RawRow, text: str, frames_of: FramesOf) -> None:
+        self.raw, self.frames_of = raw, frames_of
         try:
             # A byte order mark begins the file, not its first row.
             self.fields = json.loads(text.removeprefix("\ufeff"))
@@ -67,7 +83,7 @@ class _JsonRow:
         value = self.fields.get(key)
         if value is None:
             self._refuse_keys(f"it has no `{key}`")
-        paths = self._paths()
+        paths = {kind: self._paths(name) for kind, name in KEYS.items()}
         if key == "messages" and not isinstance(value, str):
             row = self._chat(value, paths)
         elif isinstance(value, str):
@@ -94,12 +110,12 @@ class _JsonRow:
         fix = f"name the key that holds the text: `--text-key {names[0]}`"
         self.refuse("missing key", f"{why}; texts are in {shown}", fix)
 
-    def _paths(self) -> list[str]:
-        paths = self.fields.get("images")
+    def _paths(self, name: str) -> list[str]:
+        paths = self.fields.get(name)
         if paths is None:
             return []
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            self.refuse("wrong type", "`images` is not a list of paths")
+            self.refuse("wrong type", f"`{name}` is not a list of paths")
         return paths
 
     def _label(self, name: str) -> str | None:
@@ -117,32 +133,52 @@ class _JsonRow:
             raise BadInput(self.raw.place, "invalid UTF-8", why, _FIX_ROW) from error
         return text
 
-    def _text(self, text: str, paths: list[str]) -> Row:
-        if not paths:
-            return Row(texts=[self._whole(text)])
-        texts = self._whole(text).split(MARKER)
-        if len(texts) == 1:
-            texts = [""] * len(paths) + texts  # no marker at all: the pictures come first
-        self._check_count(len(texts) - 1, len(paths))
-        return Row(texts=texts, pictures=[self._picture(path) for path in paths])
+    def _text(self, text: str, paths: Paths) -> Row:
+        kinds = {kind for kind in paths if paths[kind]}
+        pieces = _at_markers(self._whole(text), kinds)
+        texts, found = pieces[::2], [_KINDS[marker] for marker in pieces[1::2]]
+        if not found:  # no marker at all: pictures and videos come first
+            found = [kind for kind in paths for _ in paths[kind]]
+            texts = [""] * len(found) + texts
+        self._check_counts(Counter(found), paths)
+        row, waiting = Row(texts=texts[:1]), {kind: iter(paths[kind]) for kind in paths}
+        for kind, text_after in zip(found, texts[1:], strict=True):
+            num_pictures = self._take(row, kind, next(waiting[kind]))
+            row.texts += [""] * (num_pictures - 1) + [text_after]
+        return row
 
-    def _check_count(self, num_markers: int, num_pictures: int) -> None:
-        if num_markers != num_pictures:
-            why = f"it has {num_markers} `{MARKER}` and names {num_pictures} pictures"
-            self.refuse("marker count", why, "write one marker for each picture, where it belongs")
+    def _take(self, row: Row, kind: str, path: str) -> int:
+        """Give a row the next picture, or the frames of the next video, and say how many."""
+        if kind == "image":
+            row.pictures.append(self._picture(path))
+            return 1
+        frames = self._frames(path)
+        row.pictures += frames
+        if sum(map(len, row.pictures)) > MAX_MEDIA_BYTES:
+            why = f"its frames take more than {MAX_MEDIA_BYTES >> 20} MiB"
+            self.refuse("too many frames", why, "take fewer with `--fps` or `--max-frames`")
+        return len(frames)
 
-    def _chat(self, messages: Any, paths: list[str]) -> Row:
+    def _check_counts(self, num_markers: Mapping[str, int], paths: Paths) -> None:
+        for kind, named in paths.items():
+            if num_markers[kind] != len(named):
+                media = {"image": "pictures", "video": "videos"}[kind]
+                why = f"it has {num_markers[kind]} `{MARKERS[kind]}` and names {len(named)} {media}"
+                fix = f"write one marker for each of the {media}, where it belongs"
+                self.refuse("marker count", why, fix)
+
+    def _chat(self, messages: Any, paths: Paths) -> Row:
         if not isinstance(messages, list) or not messages:
             self.refuse("bad messages", "`messages` is not a list with a message in it")
-        has_pictures = bool(paths)
+        kinds = {kind for kind in paths if paths[kind]}
         for message in messages:
             if not isinstance(message, dict):
                 self.refuse("bad messages", "a message is not a JSON object")
             content = message.get("content")
             if isinstance(content, list):
-                has_pictures |= any(_is_picture(item) for item in content)
-        if has_pictures:
-            return self._chat_with_pictures(messages, paths)
+                kinds |= {kind for item in content if (kind := _kind_of(item)) is not None}
+        if kinds:
+            return self._chat_with_media(messages, paths, kinds)
         self._check_texts(messages)
         return Row(messages=messages)
 
@@ -154,30 +190,36 @@ class _JsonRow:
                 if isinstance(text, str):
                     self._whole(text)
 
-    def _chat_with_pictures(self, messages: list[dict[str, Any]], paths: list[str]) -> Row:
-        """Give every picture an item of its own, in order; `images` fills those without a path."""
-        row, waiting, num_markers = Row(messages=[]), list(paths), 0
+    def _chat_with_media(
+        self, messages: list[dict[str, Any]], paths: Paths, kinds: set[str]
+    ) -> Row:
+        """Give every picture and frame an item of its own, in order.
+
+        `images` and `videos` fill the items without a path.
+        """
+        row, num_markers = Row(messages=[]), Counter[str]()
+        waiting = {kind: list(named) for kind, named in paths.items()}
         assert row.messages is not None
         for message in messages:
             items: list[dict[str, Any]] = []
-            for item in self._items_of(message.get("content")):
-                if not _is_picture(item):
+            for item in self._items_of(message.get("content"), kinds):
+                kind = _kind_of(item)
+                if kind is None:
                     items.append(item)
                     continue
                 path = _path_of(item)
                 if path is None:
-                    num_markers += 1
-                    if not waiting:
+                    num_markers[kind] += 1
+                    if not waiting[kind]:
                         continue  # counted below
-                    path = waiting.pop(0)
-                row.pictures.append(self._picture(path))
-                items.append({"type": "image"})
+                    path = waiting[kind].pop(0)
+                items += [{"type": "image"}] * self._take(row, kind, path)
             row.messages.append({**message, "content": items})
         self._check_texts(row.messages)
-        self._check_count(num_markers, len(paths))
+        self._check_counts(num_markers, paths)
         return row
 
-    def _items_of(self, content: Any) -> Iterator[dict[str, Any]]:
+    def _items_of(self, content: Any, kinds: set[str]) -> Iterator[dict[str, Any]]:
         """Take a message's content apart at its markers."""
         for item in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             if not isinstance(item, dict):
@@ -186,38 +228,53 @@ class _JsonRow:
             if item.get("type") != "text" or not isinstance(text, str):
                 yield item
                 continue
-            for i, between in enumerate(text.split(MARKER)):
-                if i > 0:
-                    yield {"type": "image"}
-                if between:
+            for between in _at_markers(text, kinds):
+                if between in _KINDS and _KINDS[between] in kinds:
+                    yield {"type": _KINDS[between]}
+                elif between:
                     yield {"type": "text", "text": between}
 
     def _picture(self, path: str) -> bytes:
-        if path.startswith("data:"):
-            return self._picture_in_row(path)
-        if path.startswith(("http://", "https://")):
-            why = f"`{path}` is on the network, and pictures are read from files only"
-            self.refuse("unreadable picture", why[:300], "download it, and name the file")
-        file = self.raw.folder / path
-        return read_picture(file, self.raw.place)
+        found = self._found(path, "picture")
+        return found if isinstance(found, bytes) else read_picture(found, self.raw.place)
 
-    def _picture_in_row(self, url: str) -> bytes:
-        head, comma, body = url.partition(",")
+    def _frames(self, path: str) -> list[bytes]:
+        found = self._found(path, "video")
+        return read_frames(found, self.raw.place, self.frames_of)
+
+    def _found(self, path: str, medium: str) -> Path | bytes:
+        """The file that is meant, or what the row itself holds."""
+        reason = f"unreadable {medium}"
+        if path.startswith(("http://", "https://")):
+            why = f"`{path}` is on the network, and {medium}s are read from files only"
+            self.refuse(reason, why[:300], "download it, and name the file")
+        if not path.startswith("data:"):
+            return self.raw.folder / path
+        head, comma, body = path.partition(",")
         if not comma or not head.endswith(";base64"):
-            self.refuse("unreadable picture", f"`{head[:60]}` is not a base64 data URL")
+            self.refuse(reason, f"`{head[:60]}` is not a base64 data URL")
         try:
             return base64.b64decode(body, validate=True)
         except (binascii.Error, ValueError) as error:
-            self.refuse("unreadable picture", f"the data URL is not base64: {error}".lower())
+            self.refuse(reason, f"the data URL is not base64: {error}".lower())
 
 
-def _is_picture(item: Any) -> bool:
-    return isinstance(item, Mapping) and item.get("type") in ("image", "image_url")
+def _at_markers(text: str, kinds: set[str]) -> list[str]:
+    """Cut a text at the markers of some kinds; every second piece is a marker."""
+    markers = [re.escape(marker) for kind, marker in MARKERS.items() if kind in kinds]
+    return re.split(f"({'|'.join(markers)})", text) if markers else [text]
+
+
+def _kind_of(item: Any) -> str | None:
+    """Whether a part of a message is a picture or a video; None: it is neither."""
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    names = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+    return names.get(kind) if isinstance(kind, str) else None
 
 
 def _path_of(item: Mapping[str, Any]) -> str | None:
-    """Find where a picture item says its picture is; None: the next of `images`."""
-    for key in ("image_url", "image", "path", "url"):
+    """Find where an item says its picture or video is; None: the next that the row names."""
+    for key in ("image_url", "image", "video_url", "video", "path", "url"):
         value = item.get(key)
         if isinstance(value, Mapping):
             value = value.get("url")
@@ -240,3 +297,19 @@ def read_picture(path: Path, place: str) -> bytes:
         why = f"cannot open the picture `{path}`: {said.lower()}"
         fix = "check the path; it is relative to the file that names it"
         raise BadInput(place, "unreadable picture", why, fix) from error
+
+
+def read_frames(source: Path | bytes, place: str, frames_of: FramesOf) -> list[bytes]:
+    """Sample a video and encode its frames. raises: BadInput with the place"""
+    try:
+        if isinstance(source, Path) and not source.is_file():
+            raise FileNotFoundError(2, "there is no such file")
+        return frames_of(source)
+    except VideoError as error:
+        named = f"`{source}`: " if isinstance(source, Path) else ""
+        raise BadInput(place, error.reason, f"{named}{error.why}", error.fix) from error
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        why = f"cannot open the video `{str(source)[:300]}`: {said.lower()}"
+        fix = "check the path; it is relative to the file that names it"
+        raise BadInput(place, "unreadable video", why, fix) from error

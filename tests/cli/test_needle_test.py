@@ -92,20 +92,20 @@ def test_a_killed_test_keeps_its_texts(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     args = [*GRID[:4], "--samples", "200", *NEEDLES, "-o", out]
     command = [sys.executable, "-m", "l4cli", "needle-test", str(model), *map(str, args)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     results = out / "results.jsonl"
-    deadline = time.monotonic() + 60
-    while not results.exists() or results.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not results.exists() or results.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+        told = process.stderr.read()
     kept = lines(results.read_text())
     assert 3 <= len(kept) < 1000
     # Each length: 200 tests and as many among needles, 1 without; 200 questions without a text.
-    assert f"{len(kept)} of 1002 texts are kept" in process.stderr.read()
-    process.stderr.close()
+    assert f"{len(kept)} of 1002 texts are kept" in told
 
 
 def test_other_options_in_the_same_folder_are_refused_by_name(
@@ -233,3 +233,33 @@ def test_chat_and_separate_texts(
     records = lines((tmp_path / "report" / "results.jsonl").read_text())
     assert [[a["depth"] for a in r["answers"]] for r in records] == [[0.0], [100.0]]
     assert all(r["num_tokens"] == 512 for r in records)
+
+
+def test_nll_reads_files_in_two_orders(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    for i in range(12):
+        (code / f"m{i:02d}.py").write_text(f"def f{i}(x):\n    return x + {i * 7919}\n" * 2)
+    (code / "picture.bin").write_bytes(bytes(range(256)))
+    args = [model, "--tasks", "nll", "--haystack", code, "--lengths", "256,512"]
+    out = tmp_path / "report"
+    assert run(*args, "-o", out) == 0
+    shown = capsys.readouterr().out
+    assert "bits per byte by position" in shown
+    assert "with every doubling of the position" in shown
+    curves = json.loads((out / "summary.json").read_text())["nll"]
+    assert set(curves) == {"in_order", "shuffled"}
+    assert all(found["num_tokens"] == 511 for found in curves.values())  # and BOS
+    first = curves["in_order"]["doubling"]
+    assert [bucket["end"] for bucket in first] == [128, 256, 511]
+    assert (out / "nll.png").exists()
+    before = (out / "results.jsonl").read_bytes()
+    assert run(*args, "-o", out) == 0
+    assert (out / "results.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert run(model, "--tasks", "nll", "-o", tmp_path / "none") == 2
+    assert "needs a haystack" in capsys.readouterr().err
+    assert run(*args[:-1], "4k", "-o", tmp_path / "short") == 1
+    assert "too short for `nll`" in capsys.readouterr().err

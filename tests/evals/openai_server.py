@@ -17,16 +17,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 KEY = "sk-test-0123456789"
-ASKED = re.compile(r"for (\S+) in the text above is:\s*$")
+ASKED = re.compile(r"for (.+) in the text above (?:is|are):\s*$")
 
 
 def find_needle(prompt: str) -> str:
-    """The value of the key that the end of the prompt asks for."""
+    """The values of the keys that the end of the prompt asks for."""
     asked = ASKED.search(prompt)
     if asked is None:
         return "I do not understand the question."
-    found = re.findall(rf"for {re.escape(asked[1])} is: (\S+?)\.", prompt)
-    return found[-1] if found else "It is not in the text."
+    found = []
+    for key in re.split(r", | and ", asked[1].rpartition(" for ")[2]):
+        found += re.findall(rf"for {re.escape(key)} is: (\S+?)\.", prompt)
+    return ", ".join(found) if found else "It is not in the text."
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
+    is_counted = False
 
     def log_message(self, *args: Any) -> None:
         """Quiet."""
@@ -93,12 +96,18 @@ class Handler(BaseHTTPRequestHandler):
             behaviour.num_now += 1
             behaviour.num_most = max(behaviour.num_most, behaviour.num_now)
             failing = behaviour.failures.pop(0) if behaviour.failures else behaviour.always
+        self.body, self.is_counted = body, True
         try:
-            self.body = body
             (failing or Handler.answer)(self)
         finally:
-            with behaviour.lock:
-                behaviour.num_now -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Count this request no longer: before its last byte, or the client is faster."""
+        behaviour = self.server.behaviour
+        with behaviour.lock:
+            behaviour.num_now -= self.is_counted
+            self.is_counted = False
 
     def answer(self) -> None:
         """Read the prompt and answer, in the shape of the path."""
@@ -157,6 +166,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
+        self.leave()
         self.wfile.write(data)
 
     def hang_up(self) -> None:

@@ -22,7 +22,7 @@ class Outcome:
     sample: int
     depth: float | None
     score: float  # 0 to 1
-    is_straddled: bool
+    is_straddled: bool | None  # None: nobody knows
 
     @property
     def is_correct(self) -> bool:

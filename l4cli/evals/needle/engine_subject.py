@@ -70,24 +70,28 @@ class EngineSubject:
         cache = None
         if len(context):  # nothing, where a question stands alone and there is no BOS
             cache = self.engine.prefill(context, on_progress=self.on_progress)
-        exact = [q for q in sample.questions if self._is_checked(q)]
-        free = [q for q in sample.questions if not self._is_checked(q)]
-        answers = dict(zip(map(id, exact), self._check(cache, exact), strict=True))
-        answers |= dict(zip(map(id, free), self._write(cache, free), strict=True))
         return Reading(
-            [answers[id(question)] for question in sample.questions],
-            len(context) + max(map(self._num_asked, sample.questions)),
+            self.answers(cache, sample.questions),
+            len(context) + max(map(self.num_asked, sample.questions)),
             [
                 straddles(question, offsets, num_before, self.chunk_size)
                 for question in sample.questions
             ],
         )
 
+    def answers(self, cache: Cache | None, questions: Sequence[Question]) -> list[str]:
+        """Answer questions about what was read."""
+        exact = [q for q in questions if self._is_checked(q)]
+        free = [q for q in questions if not self._is_checked(q)]
+        answers = dict(zip(map(id, exact), self._check(cache, exact), strict=True))
+        answers |= dict(zip(map(id, free), self._write(cache, free), strict=True))
+        return [answers[id(question)] for question in questions]
+
     def _is_checked(self, question: Question) -> bool:
         """Whether one pass over question and answer tells: no free speech, one right answer."""
         return question.match is Match.exact and not self.speaks_freely
 
-    def _num_asked(self, question: Question) -> int:
+    def num_asked(self, question: Question) -> int:
         """Tokens of a question and of a right answer."""
         return question.num_tokens(self.tokenizer) + len(self.frame.after)
 

@@ -31,6 +31,11 @@ class ResultsStore:
         """Keys of the texts that are done."""
         return {record["key"] for record in self.records}
 
+    def num_kept(self) -> int:
+        """Texts on disk, whatever moment a signal chose."""
+        path = self.folder / RESULTS
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     @classmethod
     def open(cls, folder: Path, settings: Mapping[str, Any]) -> ResultsStore:
         """Begin in a new folder, or go on in one of the same settings.

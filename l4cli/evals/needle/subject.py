@@ -20,7 +20,8 @@ class Reading:
 
     answers: list[str]
     num_tokens: int | None  # the text, its longest question and answer; None: nobody counted
-    is_straddled: list[bool]  # the question's evidence lies across a border of chunks
+    # Whether the question's evidence lies across a border of chunks; None: nobody knows.
+    is_straddled: list[bool | None]
 
 
 class Subject(Protocol):
@@ -49,7 +50,7 @@ class AnswersOnly:
         """Ask everything; how tokens lie is the server's secret."""
         answers = self.answering.ask(sample)
         assert len(answers) == len(sample.questions)
-        return Reading(answers, None, [False] * len(answers))
+        return Reading(answers, None, [None] * len(answers))
 
 
 def score_answer(question: Question, answer: str, *, speaks_freely: bool) -> float:

@@ -99,7 +99,7 @@ def controls(
 def straddled_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Needles that lie across a border of chunks, apart from those that do not."""
     apart = [outcome for outcome in outcomes if outcome.is_straddled]
-    whole = [outcome for outcome in outcomes if not outcome.is_straddled]
+    whole = [outcome for outcome in outcomes if outcome.is_straddled is False]
     return {
         "num_straddled": len(apart),
         "num_straddled_correct": sum(outcome.is_correct for outcome in apart),
