@@ -134,7 +134,7 @@ def load_weights(
 
     Parameters on the meta device are made on `device`, as `dtype` or as stored; others keep
     their place and dtype. Everything that headers can tell is checked before anything is read.
-    Only names that end in one of `may_lack` may be missing. `only` those it names are filled.
+    Only names that end in one of `may_lack` may be missing.
     """
     stored, matching = _matched(model, path, may_lack)
     parameters = dict(model.named_parameters())

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TASKS = ("video", "video-colour", "pictures")
 DEFAULT_FRAMES = "8,32,128"
 DEFAULT_TASKS = "single"  # of `--tasks`; with frames it means films
+DEFAULT_LENGTHS = "1k,4k,16k"  # of texts
 MAX_FRAMES = 10**8
 
 
@@ -100,6 +101,10 @@ def check(request: Request) -> None:
     if request.hours is not None and "pictures" in tasks:
         why = "pictures have no length in time"
         raise UsageError("`--hours` with `--tasks pictures`", why=why, fix="give `--frames`")
+    if request.lengths != DEFAULT_LENGTHS:
+        why = "films and pictures are counted in frames"
+        fix = "give `--frames` or `--hours` instead"
+        raise UsageError(f"`--lengths {request.lengths}` with frames", why=why, fix=fix)
     axis_of(request)
     others = {
         "--haystack": request.haystack,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l4cli.commands.needle_lists import parse_depths, parse_lengths
-from l4cli.commands.options import Device
+from l4cli.commands.options import DEFAULT_FPS, Device
 from l4cli.errors import UsageError
 
 NLL = "nll"  # not a question about a text, but how likely the text is
@@ -124,6 +124,9 @@ class Request:
             check(self)
         else:
             self.length_list, self.task_list  # noqa: B018
+            if self.fps != DEFAULT_FPS:
+                why, fix = "it is a rate of films", "add `--tasks video`, or leave it out"
+                raise UsageError(f"`--fps {self.fps:g}` given", why=why, fix=fix)
         self.depth_list  # noqa: B018
         for name, value in (("preset", self.preset), ("gpus", self.gpus)):
             if value is not None and not self.dry_run:

@@ -31,6 +31,7 @@ from l4cli.commands.longcontext_options import (
     QuestionOption,
     ValuesOption,
 )
+from l4cli.commands.needle_frames import DEFAULT_LENGTHS, DEFAULT_TASKS
 from l4cli.commands.needle_options import Api, KvDtype, Request, WeightsDtype
 from l4cli.commands.options import (
     DEFAULT_FPS,
@@ -51,15 +52,16 @@ def needle_test(
     lengths: Annotated[
         str,
         typer.Option(metavar="LIST", help="in tokens, all included; dots go on by the same factor"),
-    ] = "1k,4k,16k",
+    ] = DEFAULT_LENGTHS,
     depths: Annotated[
         str,
         typer.Option(metavar="N|LIST", help="how many, evenly from 0 to 100 percent, or a list"),
     ] = "11",
     samples: Annotated[int, typer.Option(min=1, help="texts at each length, of other seeds")] = 5,
     tasks: Annotated[
-        str, typer.Option(metavar="LIST", help="what is asked: names, `ruler`, `all`, `nll`")
-    ] = "single",
+        str,
+        typer.Option(metavar="LIST", help="what is asked: names, `ruler`, `all`, `nll`, `video`"),
+    ] = DEFAULT_TASKS,
     frames: Annotated[str | None, typer.Option(metavar="LIST", help=FRAMES_HELP)] = None,
     hours: Annotated[
         str | None, typer.Option(metavar="LIST", help="the same in hours of film, at `--fps`")

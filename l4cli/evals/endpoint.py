@@ -105,28 +105,35 @@ class Endpoint:
         raises: L4Error when it cannot be had, Stopped after `stop`
         """
         with self._slots, self._alone_at_first():
-            tries = 0
-            while True:
-                tries += 1
-                self._wait_until(self._resume_at)
-                try:
-                    answer = self._try(prompt, answer_tokens)
-                except Failure as failure:
-                    if failure.may_be_billed:  # whoever reads the whole prompt and then fails
-                        promise.charge()
-                    if failure.refused and self._go_without(failure.refused):
-                        continue
-                    self._judge(failure, tries)
-                    continue
-                self._has_answered = True
-                with self._lock:
-                    self.num_requests += 1
-                promise.spend(answer.prompt_tokens, answer.answer_tokens)
-                return answer
+            try:
+                return self._until_answered(prompt, answer_tokens, promise)
+            except L4Error:
+                self.stop()  # before the next in the queue has its turn
+                raise
 
-    def _try(self, prompt: str, answer_tokens: int) -> Answer:
-        request = self.request(prompt, answer_tokens)
-        data = json.dumps(request).encode()
+    def _until_answered(self, prompt: str, answer_tokens: int, promise: Promise) -> Answer:
+        tries = 0
+        while True:
+            tries += 1
+            self._wait_until(self._resume_at)
+            body = self.request(prompt, answer_tokens)
+            try:
+                answer = self._try(body)
+            except Failure as failure:
+                if failure.may_be_billed:  # whoever reads the whole prompt and then fails
+                    promise.charge()
+                if failure.refused in body and self._go_without(failure.refused):
+                    continue
+                self._judge(failure, tries)
+                continue
+            self._has_answered = True
+            with self._lock:
+                self.num_requests += 1
+            promise.spend(answer.prompt_tokens, answer.answer_tokens)
+            return answer
+
+    def _try(self, body: dict[str, Any]) -> Answer:
+        data = json.dumps(body).encode()
         url = self.options.url
         post = urllib.request.Request(url, data, self._headers, method="POST")
         reply = send(self._opener, post, self.options.timeout_s, self.options.api_key)

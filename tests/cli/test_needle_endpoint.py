@@ -16,6 +16,7 @@ GRID = ["--lengths", "512,1k", "--depths", "3", "--samples", "2"]
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def run(url: str, out: Path, *args: object) -> int:

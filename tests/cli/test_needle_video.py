@@ -126,6 +126,8 @@ def test_the_plan_for_hours_of_film(capsys) -> None:
         (["--tasks", "pictures", "--hours", "1"], 2, "no length in time"),
         (["--tasks", "video", "--haystack", "README.md"], 2, "`--haystack` with frames"),
         (["--frames", "8", "--endpoint", "http://127.0.0.1:1"], 2, "`--endpoint` with frames"),
+        (["--frames", "8", "--lengths", "4k"], 2, "`--lengths 4k` with frames"),
+        (["--fps", "2"], 2, "add `--tasks video`"),
         (["--frames", "90M"], 1, "ask for fewer with `--frames`"),
     ],
 )

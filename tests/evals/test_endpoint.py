@@ -6,9 +6,12 @@ import email.utils
 import itertools
 import json
 import re
+import shutil
+import subprocess
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -276,6 +279,15 @@ def test_a_setting_a_server_refuses_is_left_out_and_said(
     assert "may differ" in warning
 
 
+def test_a_refusal_of_what_was_not_asked_for_is_an_error() -> None:
+    error = {"message": "No.", "param": "temperature", "code": "unsupported_value"}
+    body = json.dumps({"error": error}).encode()
+    with running(always=openai_server.says(body, status=400)) as (url, behaviour):
+        with pytest.raises(L4Error, match="the server answers 400: No"):
+            subject(url).ask(sample())
+        assert len(behaviour.seen) == 2
+
+
 def test_newer_servers_get_their_own_name_for_the_limit() -> None:
     asked = sample(2)
     with running(always=openai_server.refuses("max_tokens")) as (url, behaviour):
@@ -413,6 +425,53 @@ def test_a_given_tokenizer_counts() -> None:
         asking = subject(url, tokenizer=load_tokenizer("bytes"))
         asking.ask(sample(1))
     assert asking.report()["tokens_counted_with"] == "the tokenizer `bytes`"
+
+
+# Ways to the server
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's proxies are, servers of this process are asked directly."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = sample(1)
+    with running() as (url, behaviour):
+        monkeypatch.setenv("http_proxy", url.removesuffix("/v1"))
+        expect_right(asked, subject("http://model.example/v1").ask(asked))
+    assert behaviour.seen[0].path == "http://model.example/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Signed by itself, for 127.0.0.1."""
+    if shutil.which("openssl") is None:
+        pytest.skip("`openssl` is not on this machine")
+    folder = tmp_path_factory.mktemp("certificate")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1"
+    command += " -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out certificate.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    both = folder / "both.pem"
+    both.write_text((folder / "key.pem").read_text() + (folder / "certificate.pem").read_text())
+    return both
+
+
+def test_https_is_spoken_with_those_who_can_be_trusted(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = sample(1)
+    with running(certificate) as (url, behaviour):
+        assert url.startswith("https://")
+        with pytest.raises(L4Error, match="its certificate is not trusted") as caught:
+            subject(url).ask(asked)
+        assert "SSL_CERT_FILE" in caught.value.fix
+        assert behaviour.seen == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        expect_right(asked, subject(url).ask(asked))
 
 
 # Addresses and keys

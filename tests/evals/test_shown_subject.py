@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "cli"))
-
-from tiny_chat import GEOMETRY, save_checkpoint
+from cli.tiny_chat import GEOMETRY, save_checkpoint
 
 from l4cli.checkpoint import load_model
 from l4cli.data.longcontext.video import make_video_sample

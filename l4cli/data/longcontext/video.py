@@ -216,17 +216,22 @@ class _Shapes:
 def write_film(plan: FilmPlan, path: Path, *, is_whole: bool = True) -> None:
     """Encode a film, one frame at a time; without its needle if it is not whole.
 
-    raises: L4Error where no codec can be written
+    raises: L4Error where no codec can be written, or the disk is full
     """
     shapes, needle = _Shapes(plan), plan.needle()
     rate = plan.rate * FRAMES_PER_SAMPLE
-    with av.open(str(path), "w") as container:
-        stream = _stream(container, rate, plan.side)
-        for i in range(plan.num_frames * FRAMES_PER_SAMPLE):
-            is_needle = is_whole and i // FRAMES_PER_SAMPLE == plan.needle_at
-            picture = needle if is_needle else shapes.frame(float(i / rate))
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode(None))
+    try:
+        with av.open(str(path), "w") as container:
+            stream = _stream(container, rate, plan.side)
+            for i in range(plan.num_frames * FRAMES_PER_SAMPLE):
+                is_needle = is_whole and i // FRAMES_PER_SAMPLE == plan.needle_at
+                picture = needle if is_needle else shapes.frame(float(i / rate))
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode(None))
+    except av.error.FFmpegError as error:
+        why = (error.strerror or str(error)).lower()
+        fix = "free some space there, or name another place: `TMPDIR=/large l4 ...`"
+        raise L4Error(f"cannot write the film `{path}`", why=why, fix=fix) from error
 
 
 def _stream(container: Any, rate: Fraction, side: int) -> Any:
