@@ -14,6 +14,7 @@ from l4cli.data.longcontext.needles import WordKind
 from l4cli.data.longcontext.sample import Match, Question, Sample
 from l4cli.data.longcontext.weaving import Setting
 from l4cli.data.longcontext.words import NOUNS
+from l4cli.text import load_tokenizer
 
 NUM_SAME = 4
 FORMS = ("poem", "letter", "story", "speech", "riddle", "prayer", "song", "report")
@@ -55,8 +56,6 @@ def requests(setting: Setting, num_same: int = NUM_SAME) -> Sample:
 
 def _texts(count: int, rng: np.random.Generator) -> list[str]:
     """Short texts that differ from one another."""
-    from l4cli.text import load_tokenizer
-
     filler = Haystack.generated().filler(0, load_tokenizer("bytes"), rng)
     texts = (filler.take_units(_ANSWER_BYTES)[0] for _ in range(count))
     return [" ".join(text.split()) for text in texts]

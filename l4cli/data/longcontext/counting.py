@@ -7,6 +7,7 @@ source: RULER (arXiv 2404.06654), tasks cwe and fwe, by their definitions
 from __future__ import annotations
 
 import string
+from collections.abc import Collection
 
 import numpy as np
 
@@ -98,9 +99,14 @@ def distinct_words(
     plain = [word for word in dict.fromkeys(ADJECTIVES + NOUNS + VERBS) if word not in known]
     if count <= len(plain):
         return [plain[i] for i in rng.permutation(len(plain))[:count].tolist()]
+    return distinct_names(count, rng, known)
+
+
+def distinct_names(count: int, rng: np.random.Generator, without: Collection[str]) -> list[str]:
+    """Pairs of words where there are enough, else words made of syllables."""
     pairs = WordKind("words")
-    if count + len(known) <= pairs.num_values:
-        return pairs.draw_distinct(count, rng, sorted(known))
+    if count + len(without) <= pairs.num_values:
+        return pairs.draw_distinct(count, rng, sorted(without))
     base = len(_SYLLABLES)
     numbers = rng.choice(base**4, count, replace=False).tolist()
     return [

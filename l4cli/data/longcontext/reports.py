@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l4cli.data.longcontext.counting import distinct_words
+from l4cli.data.longcontext.counting import distinct_names, distinct_words
 from l4cli.data.longcontext.fitting import Built, fill, without
 from l4cli.data.longcontext.needles import WordKind
 from l4cli.data.longcontext.people import full_names
@@ -31,7 +31,7 @@ def documents(setting: Setting) -> Sample:
     def build(count: int) -> Built:
         inner = np.random.default_rng(seed)
         leads = full_names(2, np.random.default_rng([seed, 1]))
-        others = WordKind("words").draw_distinct(count, inner, [first, second])
+        others = distinct_names(count, inner, [first, second])
         leads += full_names(count, inner, without=leads)
         projects = [first, second, *others]
         # The second one waits for another, as all do, and nobody waits for itself.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from l4cli.data.longcontext.counting import distinct_names
 from l4cli.data.longcontext.fitting import Built, fill, without
 from l4cli.data.longcontext.needles import WordKind
 from l4cli.data.longcontext.sample import Match, Question, Sample
@@ -27,7 +28,7 @@ def code(setting: Setting) -> Sample:
 
     def build(count: int) -> Built:
         inner = np.random.default_rng(seed)
-        names = WordKind("words").draw_distinct(count, inner, modules)
+        names = distinct_names(count, inner, modules)
         files: list[str] = []
         while names:
             size = int(inner.integers(1, NUM_FILES + 2))
