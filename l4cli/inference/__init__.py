@@ -5,6 +5,7 @@ from l4cli.inference.engine import PREFILL_CHUNK, Engine, Event, Request, Routin
 from l4cli.inference.kept import KV_DTYPES, CacheOptions
 from l4cli.inference.packing import pack_weights
 from l4cli.inference.sampler import Sampler, SamplingOptions
+from l4cli.inference.sparse import Recall
 
 __all__ = [
     "KV_DTYPES",
@@ -14,6 +15,7 @@ __all__ = [
     "CacheOptions",
     "Engine",
     "Event",
+    "Recall",
     "Request",
     "RoutingRecord",
     "Sampler",

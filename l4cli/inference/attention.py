@@ -7,13 +7,16 @@ source: flash attention's log-sum-exp merge (arXiv 2205.14135); torch's kernels 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.inference.kept import Part, load
+
+SHORT_RUN = 512  # up to here explicit products beat torch's fused CPU kernel (read_speed.py)
+SCORES = 2**20  # of those held at once
 
 Summed = tuple[Tensor, Tensor]  # a softmax's output and the log of its denominator
 
@@ -38,9 +41,46 @@ def attend_causally(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor, past: Sequen
 
     shapes: q_CTNH -> out_CTNH
     """
-    if not past:
-        q, k, v, wide = _by_group(q_CTNH, k_CTKH, v_CTKH)
-        return _from_groups(F.scaled_dot_product_attention(q, k, v, is_causal=True), wide, q_CTNH)
+    if past:
+        return attend_after(q_CTNH, k_CTKH, v_CTKH, lambda q, own: attend_rows(q, past, own))
+    if q_CTNH.device.type == "cpu" and q_CTNH.shape[1] <= SHORT_RUN and len(q_CTNH) > 1:
+        return _attend_short_runs(q_CTNH, k_CTKH, v_CTKH)
+    q, k, v, wide = _by_group(q_CTNH, k_CTKH, v_CTKH)
+    return _from_groups(F.scaled_dot_product_attention(q, k, v, is_causal=True), wide, q_CTNH)
+
+
+def _attend_short_runs(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor) -> Tensor:
+    """Explicit products over many short runs: the heads of a group are rows of one matrix."""
+    num_runs, length, num_heads, head_dim = q_CTNH.shape
+    num_kv_heads = k_CTKH.shape[2]
+    group = num_heads // num_kv_heads
+    q_CKTGH = q_CTNH.unflatten(2, (num_kv_heads, group)).transpose(1, 2)
+    q_ZRH = q_CKTGH.reshape(-1, length * group, head_dim)
+    k_ZTH, v_ZTH = (x.transpose(1, 2).reshape(-1, length, head_dim) for x in (k_CTKH, v_CTKH))
+    mask_RT = torch.full((length, length), -torch.inf, dtype=q_CTNH.dtype).triu_(1)
+    mask_RT = mask_RT.repeat_interleave(group, 0)
+    out_ZRH = torch.empty_like(q_ZRH)
+    step = max(1, SCORES // mask_RT.numel())
+    # Products in fp32 cost more than the calls: half of what lies above the diagonal is spared.
+    half = length // 2 if q_CTNH.dtype == torch.float32 and length % 2 == 0 else length
+    for runs in (slice(start, start + step) for start in range(0, len(q_ZRH), step)):
+        for end in range(half, length + 1, half):
+            rows = slice((end - half) * group, end * group)
+            q, k, v = q_ZRH[runs, rows], k_ZTH[runs, :end], v_ZTH[runs, :end]
+            mask = mask_RT[rows, :end].expand(len(q), -1, -1)
+            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=head_dim**-0.5)
+            out_ZRH[runs, rows] = torch.bmm(scores.softmax(-1), v)
+    out_CKTGH = out_ZRH.view(num_runs, num_kv_heads, length, group, head_dim)
+    return out_CKTGH.transpose(1, 2).reshape(q_CTNH.shape)
+
+
+def attend_after(
+    q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor, see: Callable[[Tensor, Summed], Summed]
+) -> Tensor:
+    """One run, causal inside; `see` joins to that what its rows see of the past.
+
+    shapes: q_CTNH -> out_CTNH; see: q_KRH, what was seen -> out_KRH, log-sum-exp_KR
+    """
     assert len(q_CTNH) == 1
     num_kv_heads = k_CTKH.shape[2]
     out_1TNH, lse_1TN = attend_within(q_CTNH, k_CTKH, v_CTKH)
@@ -48,7 +88,7 @@ def attend_causally(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor, past: Sequen
         as_rows(out_1TNH[0], num_kv_heads),
         as_rows(lse_1TN[0, :, :, None], num_kv_heads)[..., 0],
     )
-    out_KRH, _ = attend_rows(as_rows(q_CTNH[0], num_kv_heads), past, own)
+    out_KRH, _ = see(as_rows(q_CTNH[0], num_kv_heads), own)
     return as_heads(out_KRH, q_CTNH[0])[None]
 
 

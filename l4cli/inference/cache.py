@@ -21,6 +21,7 @@ from l4cli.inference import cache_file
 from l4cli.inference.attention import as_heads, as_rows, attend_rows
 from l4cli.inference.kept import CacheOptions, Packed, Part, num_tokens, part_tensors
 from l4cli.inference.layer_cache import LayerCache
+from l4cli.inference.sparse import Recall
 from l4cli.model.config import TextConfig
 
 
@@ -110,6 +111,12 @@ class Cache:
             forks.append(fork)
         return forks
 
+    @property
+    def recall(self) -> dict[int, Recall]:
+        """Of layers that read some pages only: how much of exact attention those held."""
+        found = {i: layer.recall for i, layer in enumerate(self.layers)}
+        return {i: recall for i, recall in found.items() if recall.num_queries}
+
     def keep_common(self, ids: Sequence[int]) -> int:
         """Go back to where another text parts from this one; say how many tokens are left.
 
@@ -153,6 +160,7 @@ class Cache:
         device: torch.device | str = "cpu",
         *,
         model_id: str | None = None,
+        sparse_topk: int = 0,
     ) -> Cache:
         """Read what `save` wrote for this model; on a CPU the file is mapped, not copied.
 
@@ -167,7 +175,7 @@ class Cache:
             why = "it was made by a model of this shape with other weights"
             raise L4Error(what, why=why, fix=fix)
         try:
-            cache = cls(config, CacheOptions(metadata["kv_dtype"]))  # type: ignore[arg-type]
+            cache = cls(config, CacheOptions(metadata["kv_dtype"], sparse_topk))  # type: ignore[arg-type]
             cache._take(tensors)
         except (KeyError, AssertionError, ValueError) as error:
             raise L4Error(what, why=f"it is not whole: {error}", fix=fix) from error
@@ -240,7 +248,7 @@ def _sharing(layers: list[LayerCache], length: int) -> list[list[int]]:
     """Which rows read the same sealed parts, when each asks with one token."""
     groups: dict[int, list[int]] = {}
     for i, layer in enumerate(layers):
-        is_shared = layer.sealed and length == 1
+        is_shared = layer.sealed and length == 1 and not layer.is_sparse
         groups.setdefault(id(layer.sealed) if is_shared else -1 - i, []).append(i)
     return list(groups.values())
 

@@ -134,7 +134,13 @@ class Engine:
 
     def load_cache(self, path: Path) -> Cache:
         """What `Cache.save` wrote for this model. raises: L4Error for another one's"""
-        return Cache.load(path, self.config.text, self.device, model_id=self.model_id)
+        return Cache.load(
+            path,
+            self.config.text,
+            self.device,
+            model_id=self.model_id,
+            sparse_topk=self.cache_options.sparse_topk,
+        )
 
     def check_context(self, num_tokens: int) -> None:
         """raises: L4Error with both numbers when so many tokens do not fit"""

@@ -20,6 +20,7 @@ KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
 BLOCK = 16384  # tokens of a sealed part: what is copied or unpacked at once, whatever the length
 KEY_GROUP = 128  # tokens that share a channel's scale and minimum
 VALUE_GROUP = 128  # channels that share a token's
+PAGE = 32  # tokens that are found together when not all of a past is read
 NEWEST = 128  # tokens that are never quantized
 SPARE_TOKENS = 64  # room beyond what a prompt needs, so that decoding does not start with a copy
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,8 +34,13 @@ class CacheOptions:
     """How layers that see everything keep what they have read; chunked layers hold little."""
 
     kv_dtype: KvDtype = "auto"  # as computed
+    sparse_topk: int = 0  # pages of the past that a query reads; 0: all of it
 
     def __post_init__(self) -> None:
+        if self.sparse_topk < 0:
+            why = "it counts pages; 0 reads everything"
+            fix = "give 0 or more"
+            raise UsageError(f"`sparse_topk` is {self.sparse_topk}", why=why, fix=fix)
         if self.kv_dtype not in KV_DTYPES:
             why = "keys and values are kept as " + ", ".join(KV_DTYPES)
             fix = suggest(self.kv_dtype, KV_DTYPES)
@@ -153,6 +159,27 @@ def load(part: Part, dtype: torch.dtype) -> Plain:
 def num_tokens(part: Part) -> int:
     """How many keys a part has."""
     return part.num_tokens if isinstance(part, Packed) else part[0].shape[1]
+
+
+def page_tokens(part: Part, head: int, pages: Tensor, dtype: torch.dtype) -> Plain:
+    """Some pages of one key head, unpacking those alone. shapes: -> keys [S, H], values [S, H]"""
+    if isinstance(part, tuple):
+        keys, values = (_pages(tensor[head], pages) for tensor in part)
+        return keys.to(dtype), values.to(dtype)
+    keys, key_scale, key_low, values, value_scale, value_low = (x[head] for x in part.tensors)
+    groups = pages * PAGE // KEY_GROUP
+    codes = [_pages(x, pages) for x in (keys, values)]
+    k, v = (_unpair(x).float() if part.bits == 4 else x.float() for x in codes)
+    k = k.unflatten(0, (-1, PAGE)) * key_scale[groups, None].float()
+    k = (k + key_low[groups, None].float()).flatten(0, 1)
+    scale, low = (_pages(x, pages).float().unsqueeze(-1) for x in (value_scale, value_low))
+    v = (v.unflatten(1, (scale.shape[1], -1)) * scale + low).flatten(1)
+    return k.to(dtype), v.to(dtype)
+
+
+def _pages(rows_SH: Tensor, pages: Tensor) -> Tensor:
+    whole = len(rows_SH) // PAGE * PAGE
+    return rows_SH[:whole].unflatten(0, (-1, PAGE))[pages.to(rows_SH.device)].flatten(0, 1)
 
 
 def part_tensors(part: Part) -> tuple[Tensor, ...]:

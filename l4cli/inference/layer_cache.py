@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l4cli.inference.attention import attend_causally, attend_to_all
+from l4cli.inference.attention import (
+    Summed,
+    as_heads,
+    as_rows,
+    attend_after,
+    attend_causally,
+    attend_rows,
+    attend_to_all,
+)
 from l4cli.inference.kept import (
     BLOCK,
     KEY_GROUP,
@@ -23,6 +31,7 @@ from l4cli.inference.kept import (
     grown,
     part_tensors,
 )
+from l4cli.inference.sparse import Pages, Recall, attend_pages
 
 _WAITING = 2048  # tokens that gather before they are quantized together
 
@@ -38,6 +47,7 @@ class LayerCache:
         self.packed: Packed | None = None  # quantized tokens before the tail; grows
         self.tail: Plain | None = None  # [K, capacity, H] twice; only this cache writes to it
         self.tail_length = 0
+        self.pages, self.recall = Pages(), Recall()  # used where `sparse_topk` is
 
     def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Append k and v, then attend with q, the queries of the newest tokens or of none.
@@ -52,7 +62,11 @@ class LayerCache:
             return q_TNH
         if len(q_TNH) == 1:
             self._append(k_TKH, v_TKH)
-            out_1NH = attend_to_all(q_TNH, self.parts())
+            if self.is_sparse:
+                out_KRH, _ = self.see(as_rows(q_TNH, k_TKH.shape[1]), 1)
+                out_1NH = as_heads(out_KRH, q_TNH)
+            else:
+                out_1NH = attend_to_all(q_TNH, self.parts())
             self._advance(1)
             return out_1NH
         if self.chunk_size is None:
@@ -100,16 +114,36 @@ class LayerCache:
 
     def _attend_run(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Attend with new tokens that cross no border."""
-        out_1TNH = attend_causally(q_TNH[None], k_TKH[None], v_TKH[None], self.parts())
+        new = (q_TNH[None], k_TKH[None], v_TKH[None])
+        if self.is_sparse:
+            out_1TNH = attend_after(*new, lambda q, own: self.see(q, len(q_TNH), own))
+        else:
+            out_1TNH = attend_causally(*new, self.parts())
         ends_chunk = self.chunk_size and (self.num_tokens + len(q_TNH)) % self.chunk_size == 0
         if not ends_chunk:
             self._append(k_TKH, v_TKH)
         self._advance(len(q_TNH))
         return out_1TNH[0]
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether there is a long past of which only some pages are to be read."""
+        return bool(self.options.sparse_topk and self.chunk_size is None and self.sealed)
+
+    def see(self, q_KRH: Tensor, num_positions: int, before: Summed | None = None) -> Summed:
+        """Attend with rows that see all that is kept, joined with what they saw `before`."""
+        if not self.is_sparse:
+            return attend_rows(q_KRH, self.parts(), before)
+        newest, topk = self._own_parts(), self.options.sparse_topk
+        found = (self.sealed, newest, num_positions, topk, self.pages, self.recall)
+        return attend_pages(q_KRH, *found, before)
+
     def parts(self) -> list[Part]:
         """What is kept, in order of position."""
-        parts = list(self.sealed)
+        return [*self.sealed, *self._own_parts()]
+
+    def _own_parts(self) -> list[Part]:
+        parts: list[Part] = []
         if self.packed is not None:
             parts.append(self.packed.view())
         if self.tail is not None and self.tail_length:
@@ -218,6 +252,7 @@ class LayerCache:
         self.packed, self.tail, self.tail_length = None, None, 0
         other = LayerCache(self.chunk_size, self.options)
         other.sealed, other.num_tokens = self.sealed, self.num_tokens
+        other.pages, other.recall = self.pages, self.recall
         return other
 
 

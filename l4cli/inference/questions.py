@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from l4cli.inference.attention import Summed, as_heads, as_rows, attend_rows, attend_within
+from l4cli.inference.attention import Summed, as_heads, as_rows, attend_within
 from l4cli.inference.layer_cache import LayerCache
 
 Layers = Sequence[LayerCache] | Mapping[int, LayerCache]
@@ -30,17 +30,16 @@ class Questions:
         num_kv_heads = k_MKH.shape[1]
         starts, lengths, sees_past = self._runs(layer.chunk_size)
         out_KRH, lse_KR = _attend_runs(q_MNH, k_MKH, v_MKH, starts, lengths)
-        parts = layer.parts()
-        if parts:
+        if layer.parts():
             group = q_MNH.shape[1] // num_kv_heads
             if len(sees_past) == len(q_MNH):
                 return as_heads(
-                    attend_rows(as_rows(q_MNH, num_kv_heads), parts, (out_KRH, lse_KR))[0], q_MNH
+                    layer.see(as_rows(q_MNH, num_kv_heads), len(q_MNH), (out_KRH, lse_KR))[0], q_MNH
                 )[None]
             rows = (sees_past[:, None] * group + torch.arange(group)).flatten().to(q_MNH.device)
             before: Summed = (out_KRH[:, rows], lse_KR[:, rows])
             asking_KRH = as_rows(q_MNH, num_kv_heads)[:, rows]
-            out_KRH[:, rows] = attend_rows(asking_KRH, parts, before)[0]
+            out_KRH[:, rows] = layer.see(asking_KRH, len(sees_past), before)[0]
         return as_heads(out_KRH, q_MNH)[None]
 
     def _runs(self, chunk_size: int | None) -> tuple[list[int], list[int], Tensor]:

@@ -211,3 +211,22 @@ def test_going_back_leaves_a_token_to_read():
     cache = engine.prefill(random_ids(20))
     assert cache.keep_common(random_ids(20).tolist()) == 20
     assert cache.logits_V is not None
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (4, 2), (3, 3)])
+@pytest.mark.parametrize("length", [1, 7, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_short_runs_are_attended_each_alone(heads, kv_heads, length, dtype, monkeypatch):
+    monkeypatch.setattr("l4cli.inference.attention.SCORES", 3 * heads * length * length)
+    q = torch.randn(5, length, heads, 8, dtype=dtype)
+    k, v = torch.randn(2, 5, length, kv_heads, 8, dtype=dtype)
+    out = attend_causally(q, k, v, [])
+    for run in range(5):
+        for head in range(heads):
+            kv = head * kv_heads // heads
+            expected, _ = reference_attention(
+                q[run, :, head].double(), k[run, :, kv].double(), v[run, :, kv].double(), True
+            )
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            got = out[run, :, head].double()
+            torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
