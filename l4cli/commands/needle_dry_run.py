@@ -25,12 +25,29 @@ def show(request: Request) -> None:
     num_texts = _num_texts(request)
     rows, total_s = [], 0.0
     for length in request.length_list:
-        plan = plan_reading(config, length, machine, dtype=dtype, kv_dtype=request.kv_dtype.value)
+        plan = plan_reading(
+            config,
+            length,
+            machine,
+            dtype=dtype,
+            kv_dtype=request.kv_dtype.value,
+            is_layer_major=request.layer_major,
+        )
         total_s += num_texts[length] * plan.time_s
         terminal.emit(event_of(plan, num_texts[length]))
         rows.append(_row(plan, num_texts[length]))
     terminal.emit({"event": "plan_total", "machine": machine.name, "total_time_s": total_s})
-    columns = ("length", "texts", "keys and values", "memory", "fits", "FLOPs", "a text", "all")
+    columns = (
+        "length",
+        "texts",
+        "keys and values",
+        "memory",
+        "host memory",
+        "fits",
+        "FLOPs",
+        "a text",
+        "all",
+    )
     terminal.table("", columns, rows)
     where = f"this machine ({machine.name})" if request.gpus is None else machine.name
     terminal.result(f"in all {terminal.time_text(total_s)} on {where}, an estimate")
@@ -75,6 +92,7 @@ def _row(plan: ReadingPlan, num_texts: int) -> tuple[str, ...]:
         str(num_texts),
         terminal.bytes_text(plan.full_cache_bytes + plan.local_cache_bytes),
         terminal.bytes_text(plan.total_bytes),
+        terminal.bytes_text(plan.host_bytes),
         "yes" if plan.fits else "no",
         f"{flops:.2e}",
         terminal.time_text(plan.time_s),

@@ -112,6 +112,7 @@ def check(request: Request) -> None:
         "--keys": request.keys,
         "--values": request.values,
         "--endpoint": request.endpoint,
+        "--layer-major": (request.layer_major and not request.dry_run) or None,
     }
     for name, value in others.items():
         if value is not None:

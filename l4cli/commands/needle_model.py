@@ -27,7 +27,9 @@ from l4cli.commands.needle_options import Request
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.cells import length_text
 from l4cli.evals.needle.engine_subject import EngineSubject, Frame
+from l4cli.evals.needle.layer_subject import LayerSubject
 from l4cli.inference import CacheOptions, Engine
+from l4cli.inference.layer_major import open_streamed
 from l4cli.model import Llama4Config
 from l4cli.planning import available_memory
 from l4cli.planning.reading import Machine, ReadingPlan, plan_reading
@@ -37,6 +39,7 @@ from l4cli.training.model_setup import apply_overrides
 from l4cli.training.run_record import environment
 
 _SAMPLED_BYTES = 1 << 16  # of each weights file, at both ends
+HIDDEN = ".hidden-states"
 _NO_LIMIT = 1 << 60
 
 
@@ -51,6 +54,8 @@ class TestedModel:
     dtype: str  # auto, fp32, bf16
     kv_dtype: str = "auto"
     is_chat: bool = False
+    layer_major: bool = False
+    scratch: Path | None = None  # where hidden states go that memory does not hold
 
     @classmethod
     def of(cls, request: Request) -> TestedModel:
@@ -67,6 +72,8 @@ class TestedModel:
             request.kv_dtype.value,
             is_chat=request.chat,
             overrides=request.set_ or (),
+            layer_major=request.layer_major,
+            scratch=request.out / HIDDEN,
         )
 
     @classmethod
@@ -80,6 +87,8 @@ class TestedModel:
         *,
         is_chat: bool = False,
         overrides: Sequence[str] = (),
+        layer_major: bool = False,
+        scratch: Path | None = None,
     ) -> TestedModel:
         """Read config and tokenizer; `overrides`: `key=value` words that change the config."""
         place = torch_device(device)
@@ -93,7 +102,8 @@ class TestedModel:
             why = f"{found.vocab_size} tokens, and the model knows {config.text.vocab_size}"
             fix = "name the one it was trained with: `--tokenizer`"
             raise L4Error(f"the tokenizer {named} does not fit the model", why=why, fix=fix)
-        return cls(folder, config, found, place, dtype, kv_dtype, is_chat)
+        kinds = (dtype, kv_dtype, is_chat, layer_major, scratch)
+        return cls(folder, config, found, place, *kinds)
 
     @property
     def name(self) -> str:
@@ -102,7 +112,8 @@ class TestedModel:
     @property
     def kind(self) -> str:
         """How it runs, in a few words."""
-        return f"{self.compute_dtype}, {self.device}"
+        way = ", layer by layer" if self.layer_major else ""
+        return f"{self.compute_dtype}, {self.device}{way}"
 
     @property
     def reserve(self) -> int:
@@ -147,7 +158,12 @@ class TestedModel:
         free = available_memory(str(self.device))
         machine = Machine(str(self.device), 1, free, 1.0, 1.0, 1.0)
         return plan_reading(
-            self.config, length, machine, dtype=self.compute_dtype, kv_dtype=self.kv_dtype
+            self.config,
+            length,
+            machine,
+            dtype=self.compute_dtype,
+            kv_dtype=self.kv_dtype,
+            is_layer_major=self.layer_major,
         )
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
@@ -167,11 +183,13 @@ class TestedModel:
                 raise _too_long(plan, fitting)
             fitting = length
 
-    def load(self) -> Engine:
-        """Load the weights; the engine takes texts of any length."""
-        model = load_model(
-            self.folder, device=self.device, dtype=DTYPES[self.dtype], config=self.config
-        )
+    def load(self, *, is_streamed: bool = False) -> Engine:
+        """Load the weights, or all but the layers; the engine takes texts of any length."""
+        dtype = DTYPES[self.dtype]
+        if is_streamed:
+            model = open_streamed(self.folder, self.device, dtype, self.config)
+        else:
+            model = load_model(self.folder, device=self.device, dtype=dtype, config=self.config)
         return Engine(
             model,
             num_token_ids=self.tokenizer.vocab_size,
@@ -179,9 +197,28 @@ class TestedModel:
             cache_options=CacheOptions(self.kv_dtype),  # type: ignore[arg-type]
         )
 
-    def subject(self) -> EngineSubject:
-        """Load it, to be asked."""
-        return EngineSubject(self.load(), self.tokenizer, is_chat=self.is_chat)
+    def subject(self, longest: int) -> EngineSubject:
+        """Load it, to be asked about texts of at most so many tokens."""
+        if not self.layer_major:
+            return EngineSubject(self.load(), self.tokenizer, is_chat=self.is_chat)
+        plan = self.plan(longest)
+        free = available_memory(str(self.device))
+        is_streamed = open_weights(self.folder).size_bytes > free / 2
+        # Half of what is left once a layer is there: the rest of the machine lives on it too.
+        host = available_memory("cpu") - (plan.total_bytes if self.device.type == "cpu" else 0)
+        store: str | Path = "memory"
+        if plan.host_bytes > host / 2:
+            assert self.scratch is not None
+            self.scratch.unlink(missing_ok=True)  # of a test that was killed
+            store = self.scratch
+            size = terminal.bytes_text(plan.host_bytes)
+            terminal.say(f"the states of a text, up to {size}, go to `{store}`")
+        return LayerSubject(
+            self.load(is_streamed=is_streamed),
+            self.tokenizer,
+            hidden_store=store,
+            weights=self.folder if is_streamed else None,
+        )
 
     def report(self) -> dict[str, Any]:
         """What there is to say of the machine afterwards."""
@@ -210,7 +247,10 @@ def _too_long(plan: ReadingPlan, fitting: int | None) -> L4Error:
     free = text(plan.machine.total_memory_bytes)
     fix = "use a smaller model or a larger machine"
     if fitting is not None:
-        fix = f"ask for `--lengths` up to {length_text(fitting)}, or keep less: `--kv-dtype int4`"
+        fix = (
+            f"ask for `--lengths` up to {length_text(fitting)}, keep less with `--kv-dtype int4`, "
+            "or hold one layer at a time with `--layer-major`"
+        )
     return L4Error(
         f"a text of {length_text(plan.num_tokens)} tokens does not fit this machine",
         why=f"it needs {text(plan.total_bytes)} ({listed}), and {free} is free",

@@ -69,6 +69,7 @@ class Request:
     require: float | None
     dtype: WeightsDtype
     kv_dtype: KvDtype
+    layer_major: bool
     endpoint: str | None
     model: str | None
     api: Api
@@ -133,6 +134,11 @@ class Request:
                 fix = "add `--dry-run`, or leave it out"
                 raise UsageError(f"`--{name} {value}` given", why=why, fix=fix)
         self._check_endpoint()
+        for name, is_given in (("--chat", self.chat), ("--tasks nll", self.wants_nll)):
+            if self.layer_major and is_given:
+                why = "nothing can be written or read on after a reading layer by layer"
+                fix = f"leave out `{name}` or `--layer-major`"
+                raise UsageError(f"`{name}` and `--layer-major` given", why=why, fix=fix)
         if self.preset is not None and self.checkpoint is not None:
             why = "both name a model"
             raise UsageError(f"`{self.checkpoint}` and `--preset` given", why=why, fix="give one")
@@ -150,6 +156,7 @@ class Request:
             "`--dry-run`": self.dry_run,
             "`--chat`": self.chat,
             f"`--kv-dtype {self.kv_dtype}`": self.kv_dtype is not KvDtype.auto,
+            "`--layer-major`": self.layer_major,
             f"`--dtype {self.dtype}`": self.dtype is not WeightsDtype.auto,
             "`--set`": bool(self.set_),
             "`--tasks nll`": self.wants_nll,
@@ -174,6 +181,7 @@ class Request:
             "api": None if self.endpoint is None else self.api.value,
             "dtype": self.dtype.value,
             "kv_dtype": self.kv_dtype.value,
+            "layer_major": self.layer_major,
             "set": self.set_,
             "haystack": self.haystack,
             "haystack_bytes": _num_bytes(self.haystack or []),

@@ -96,6 +96,10 @@ def needle_test(
     kv_dtype: Annotated[
         KvDtype, typer.Option(help="how layers that see everything keep keys and values")
     ] = KvDtype.auto,
+    layer_major: Annotated[
+        bool,
+        typer.Option("--layer-major", help="hold one layer at a time, for texts beyond memory"),
+    ] = False,
     endpoint: Annotated[
         str | None,
         typer.Option(metavar="URL", help="instead of a checkpoint: an OpenAI-compatible server"),

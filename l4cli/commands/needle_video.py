@@ -157,8 +157,7 @@ def _read(
     already = f", {len(jobs) - len(missing)} of them kept from before" * (len(missing) < len(jobs))
     terminal.say(f"`{tested.name}` ({tested.kind}): {', '.join(tasks_of(request))}")
     terminal.say(f"{len(jobs)} films, controls included{already} -> `{request.out}`")
-    loaded = tested.subject()
-    subject = ShownSubject(loaded.engine, loaded.tokenizer, geometry, is_chat=request.chat)
+    subject = ShownSubject(tested.load(), tested.tokenizer, geometry, is_chat=request.chat)
     total = sum(job.length for job in missing if job.role is not Role.closed_book)
     done = 0
     try:
