@@ -1,5 +1,5 @@
 #!/bin/sh
-# Turns text, rows with labels, a chat and pictures into token streams, joins and inspects them.
+# Turns text, rows, a chat, pictures and made documents into token streams and inspects them.
 # Runs in seconds; writes runs/tokenize/, with what the last stream holds in summary.json.
 set -eu
 cd "$(dirname "$0")/.."
@@ -38,4 +38,8 @@ echo
 # Streams of one tokenizer and geometry can be joined.
 cat runs/tokenize/rows.tokens runs/tokenize/more.tokens > runs/tokenize/all.tokens
 show info runs/tokenize/all.tokens --samples 2
+# Documents made on the spot, for teaching a model to find things in long text.
+show tokenize --synthetic retrieval --count 100k --length 512 --hard 0.5 --haystack LICENSE \
+    --needle '#{key}={value};' --question '#{key}=' --keys letters:2 --values digits:3 \
+    -o runs/tokenize/needles.tokens
 "$l4" info runs/tokenize/all.tokens --json > runs/tokenize/summary.json

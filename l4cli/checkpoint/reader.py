@@ -7,6 +7,7 @@ source: facts on checkpoint formats; safetensors `safe_open`
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,15 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
+    config: Llama4Config | None = None,
     check_finite: bool = True,
 ) -> Any:
-    """Build the model a checkpoint describes and stream its weights in; `dtype` None: as stored."""
+    """Build the model a checkpoint describes and stream its weights in; `dtype` None: as stored.
+
+    `config`: of the same shape, in place of the checkpoint's own.
+    """
     folder = resolve_checkpoint(path)
-    model = build_model(load_config(folder), device="meta")
+    model = build_model(config or load_config(folder), device="meta")
     load_weights(model, folder, device=device, dtype=dtype, check_finite=check_finite)
     model.compute_dtype = _main_dtype(model)
     return model
@@ -90,16 +95,24 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def require_weights_fit(config: Llama4Config, path: Path | str) -> None:
-    """Refuse a checkpoint that a model of this shape cannot take; reads headers only."""
-    _matched(build_model(config, "meta"), path)
+def require_weights_fit(
+    config: Llama4Config, path: Path | str, *, may_lack: tuple[str, ...] = ()
+) -> None:
+    """Refuse a checkpoint that a model of this shape cannot take; reads headers only.
+
+    Parameters whose names end in one of `may_lack` may be missing.
+    """
+    _matched(build_model(config, "meta"), path, may_lack)
 
 
-def _matched(model: nn.Module, path: Path | str) -> tuple[StoredWeights, Matching]:
+def _matched(
+    model: nn.Module, path: Path | str, may_lack: tuple[str, ...]
+) -> tuple[StoredWeights, Matching]:
     """Find where every parameter's values are, and refuse what does not fit."""
     stored = open_weights(resolve_checkpoint(path))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     matching = match(stored.tensors, shapes)
+    matching.missing = [name for name in matching.missing if not name.endswith(may_lack)]
     _check(stored, matching)
     return stored, matching
 
@@ -112,15 +125,21 @@ def load_weights(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     check_finite: bool = True,
-) -> None:
-    """Fill a model's parameters from a checkpoint.
+    may_lack: tuple[str, ...] = (),
+    only: Callable[[str], bool] | None = None,
+) -> list[str]:
+    """Fill a model's parameters from a checkpoint, all or `only` those of some names.
+
+    Return those it lacks, which keep their values.
 
     Parameters on the meta device are made on `device`, as `dtype` or as stored; others keep
     their place and dtype. Everything that headers can tell is checked before anything is read.
+    Only names that end in one of `may_lack` may be missing.
     """
-    stored, matching = _matched(model, path)
+    stored, matching = _matched(model, path, may_lack)
     parameters = dict(model.named_parameters())
-    for group in _groups(stored, matching.pieces):
+    pieces = [piece for piece in matching.pieces if only is None or only(piece.name)]
+    for group in _groups(stored, pieces):
         file = stored.folder / stored.file_of[group[0].key]
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:
@@ -137,6 +156,8 @@ def load_weights(
         except SafetensorError as error:
             fix = "fetch or write the file again"
             raise L4Error(f"cannot read `{file}`", why=str(error), fix=fix) from error
+    filled = {piece.name for piece in matching.pieces}
+    return [name for name in parameters if name not in filled]
 
 
 def _groups(stored: StoredWeights, pieces: list[Piece]) -> list[list[Piece]]:

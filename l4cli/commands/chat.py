@@ -12,6 +12,7 @@ examples:
   l4 chat runs/chat/latest "Compare these." --image a.png --image b.png
   l4 chat --video film.mp4 --fps 2 -p "What happens?"
   cat notes.txt | l4 chat -p "Summarise this." > summary.txt
+  cat book.txt | l4 chat -p "Who is Ishmael?" --prompt-cache book.cache
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class ChatDtype(StrEnum):
 
 
 SYSTEM_HELP = "what the model is told before the conversation"
+CACHE_HELP = "file that keeps what was read of a long prompt; made when it is not there"
 PENALTY_HELP = "above 1: what was said before becomes less likely"
 
 
@@ -96,6 +98,7 @@ def chat(
         typer.Option(min=0, max=1, help="drop what is less likely than this share of the best"),
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help=PENALTY_HELP)] = None,
+    prompt_cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
     seed: Seed = 0,
     dtype: Annotated[ChatDtype, typer.Option(help="precision; auto: as stored")] = ChatDtype.auto,
     device: DeviceOption = Device.auto,
@@ -114,6 +117,8 @@ def chat(
     text = _question(checkpoint, question if question is not None else prompt, default, raw)
     if boxes is not None:
         _check_boxes(boxes, images, is_conversation=text is None)
+    if prompt_cache is not None:
+        _check_prompt_cache(prompt_cache, len(images) + len(videos))
     flags = {
         "temperature": temperature,
         "top_k": top_k,
@@ -133,11 +138,15 @@ def chat(
     from l4cli.commands import chat_model, repl
     from l4cli.commands.boxes import show_boxes
     from l4cli.commands.conversation import Conversation
+    from l4cli.commands.prompt_cache import PromptCache
     from l4cli.commands.shown import named_in_order
 
     model = chat_model.load(checkpoint, device.value, dtype.value, is_raw=raw)
     sampling = model.sampling(flags, seed)
-    conversation = Conversation(model, sampling, system, max_new_tokens, is_raw=raw)
+    kept = None if prompt_cache is None else PromptCache(prompt_cache, model.engine)
+    conversation = Conversation(
+        model, sampling, system, max_new_tokens, is_raw=raw, prompt_cache=kept
+    )
     pictures, films = iter(opened_images), iter(opened_videos)
     for kind, _ in named_in_order(ctx.meta.get("l4.words", []), images, videos):
         if kind == "image":
@@ -211,6 +220,21 @@ def _check_boxes(path: Path, images: list[Path], *, is_conversation: bool) -> No
     if not is_conversation and len(images) != 1:
         why = f"{len(images)} pictures were given, and boxes belong to one"
         raise UsageError(what, why=why, fix="give one `--image`")
+
+
+def _check_prompt_cache(path: Path, num_shown: int) -> None:
+    """Refuse what could not be used or written, before anything is loaded."""
+    what = f"cannot keep the prompt in `{path}`"
+    if num_shown:
+        why = "pictures are the same tokens whatever they show"
+        fix = "leave `--prompt-cache` out, or the pictures"
+    elif path.is_dir():
+        why, fix = "it is a folder", f"name a file: `--prompt-cache {path}/prompt.cache`"
+    elif not path.absolute().parent.is_dir():
+        why, fix = f"there is no folder `{path.parent}`", f"make it: `mkdir -p {path.parent}`"
+    else:
+        return
+    raise UsageError(what, why=why, fix=fix)
 
 
 def _check_sampling(flags: dict[str, float | int | None]) -> None:

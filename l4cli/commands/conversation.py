@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from l4cli.commands.chat_model import ChatModel
+from l4cli.commands.prompt_cache import PromptCache
 from l4cli.commands.shown import Picture, Shown, Video
 from l4cli.data.geometry import PictureGeometry
 from l4cli.data.media import grid_of
@@ -35,6 +36,7 @@ class Answer:
 
     text: str = ""
     num_prompt_tokens: int = 0
+    num_known_tokens: int = 0  # of the prompt, from a `PromptCache`
     num_answer_tokens: int = 0
     finish: str = "stopped"  # or "stop", "length", "context"
     prefill_time_s: float = 0.0
@@ -43,7 +45,7 @@ class Answer:
     @property
     def prefill_tok_per_sec(self) -> float:
         """Tokens of the question, template and pictures included, read in a second."""
-        return self.num_prompt_tokens / max(self.prefill_time_s, 1e-9)
+        return (self.num_prompt_tokens - self.num_known_tokens) / max(self.prefill_time_s, 1e-9)
 
     @property
     def decode_tok_per_sec(self) -> float:
@@ -66,7 +68,9 @@ class Conversation:
         max_new_tokens: int | None = None,
         *,
         is_raw: bool = False,
+        prompt_cache: PromptCache | None = None,
     ) -> None:
+        self.prompt_cache = prompt_cache
         self.model, self.engine, self.tokenizer = model, model.engine, model.tokenizer
         self.sampling, self.system, self.is_raw = sampling, system, is_raw
         self.max_new_tokens = max_new_tokens
@@ -149,8 +153,11 @@ class Conversation:
         """
         turn = self._turn_ids(question)
         num_new_tokens = self._room(self.num_tokens + len(turn))
-        self._begin_turn(turn)
-        answer.num_prompt_tokens = len(self.unread)
+        prompt_cache = None if self.num_tokens else self.prompt_cache
+        if prompt_cache is not None:
+            answer.num_known_tokens = self._recall(prompt_cache, turn)
+        self._begin_turn(turn[answer.num_known_tokens :])
+        answer.num_prompt_tokens = answer.num_known_tokens + len(self.unread)
         start = time.perf_counter()
         try:
             self._read(should_stop, on_progress)
@@ -159,6 +166,8 @@ class Conversation:
             return
         finally:
             answer.prefill_time_s = time.perf_counter() - start
+        if prompt_cache is not None and self.cache is not None:
+            prompt_cache.finish(self.cache)
         sampling = replace(self.sampling, seed=self.sampling.seed + self.num_turns)
         self.num_turns += 1
         request = Request(
@@ -244,6 +253,15 @@ class Conversation:
         self.unread += turn
         self.waiting = []
 
+    def _recall(self, prompt_cache: PromptCache, turn: list[int]) -> int:
+        """Begin with what a file knows of the prompt. raises: L4Error when pictures are in it"""
+        if self.waiting:
+            what = f"cannot use `{prompt_cache.path}` for this question"
+            why = "pictures are the same tokens whatever they show"
+            raise L4Error(what, why=why, fix="ask without pictures first, or begin anew (`/reset`)")
+        self.cache = prompt_cache.begin(turn)
+        return self.cache.num_tokens
+
     def _read(
         self,
         should_stop: Callable[[], bool],
@@ -252,6 +270,8 @@ class Conversation:
         """Prefill what is unread; stopped half way, the rest stays unread."""
         before = 0 if self.cache is None else self.cache.num_tokens
         total = len(self.unread)
+        if not total:  # a prompt that a file knew to its end
+            return
 
         def after_piece(num_read: int) -> None:
             if on_progress is not None:

@@ -87,7 +87,7 @@ def shape_of(request: Request) -> tuple[Llama4Config, str]:
     if request.preset is not None:
         dtype = "bf16" if request.dtype.value == "auto" else request.dtype.value
         return load_preset(request.preset), dtype
-    model = TestedModel.open(request)
+    model = TestedModel.of(request)
     return model.config, model.compute_dtype
 
 

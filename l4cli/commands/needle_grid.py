@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from l4cli.commands.longcontext_options import haystack_of, needle_format
 from l4cli.commands.needle_options import Request
-from l4cli.data.longcontext.haystack import Haystack
-from l4cli.data.longcontext.needles import format_of
 from l4cli.data.longcontext.sample import Sample
 from l4cli.data.longcontext.tasks import TASKS, make
 from l4cli.evals.needle.grid import GridOptions, Job, plan_jobs
@@ -44,10 +43,8 @@ class SampleMaker:
 
     def __init__(self, request: Request, tokenizer: Tokenizer, reserve: int) -> None:
         self.seed, self.tokenizer, self.reserve = request.seed, tokenizer, reserve
-        self.fmt = format_of(request.needle, request.question, request.keys, request.values)
-        self.haystack = (
-            Haystack.from_files(request.haystack) if request.haystack else Haystack.generated()
-        )
+        self.fmt = needle_format(request.needle, request.question, request.keys, request.values)
+        self.haystack = haystack_of(request.haystack)
         self.documents = tuple(request.haystack or ())
 
     def __call__(self, job: Job) -> Sample:

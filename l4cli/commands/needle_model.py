@@ -6,6 +6,7 @@ in: a checkpoint folder, a tokenizer; out: an `Engine`; raises L4Error saying wh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,13 @@ from typing import Any
 import torch
 
 from l4cli import terminal
-from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
+from l4cli.checkpoint import (
+    load_config,
+    load_model,
+    open_weights,
+    require_weights_fit,
+    resolve_checkpoint,
+)
 from l4cli.commands.chat_model import DTYPES, has_chat_template
 from l4cli.commands.needle_options import Request
 from l4cli.errors import L4Error, UsageError
@@ -26,6 +33,7 @@ from l4cli.planning import available_memory
 from l4cli.planning.reading import Machine, ReadingPlan, plan_reading
 from l4cli.text import Tokenizer, load_tokenizer
 from l4cli.training.device import torch_device
+from l4cli.training.model_setup import apply_overrides
 from l4cli.training.run_record import environment
 
 _SAMPLED_BYTES = 1 << 16  # of each weights file, at both ends
@@ -45,23 +53,47 @@ class TestedModel:
     is_chat: bool = False
 
     @classmethod
-    def open(cls, request: Request) -> TestedModel:
-        """Read config and tokenizer. raises: UsageError when there is nothing to test"""
+    def of(cls, request: Request) -> TestedModel:
+        """The model that was asked for. raises: UsageError when there is nothing to test"""
         if request.checkpoint is None:
             why = "no checkpoint was named"
             fix = "`l4 needle-test CHECKPOINT`, or `--dry-run --preset scout` without one"
             raise UsageError("nothing to test", why=why, fix=fix)
-        place = torch_device(request.device.value)
-        folder = resolve_checkpoint(request.checkpoint)
+        return cls.open(
+            request.checkpoint,
+            request.tokenizer,
+            request.device.value,
+            request.dtype.value,
+            request.kv_dtype.value,
+            is_chat=request.chat,
+            overrides=request.set_ or (),
+        )
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Path,
+        tokenizer: str | None,
+        device: str,
+        dtype: str,
+        kv_dtype: str,
+        *,
+        is_chat: bool = False,
+        overrides: Sequence[str] = (),
+    ) -> TestedModel:
+        """Read config and tokenizer; `overrides`: `key=value` words that change the config."""
+        place = torch_device(device)
+        folder = resolve_checkpoint(checkpoint)
         config = load_config(folder)
-        found = _tokenizer(folder, request.tokenizer)
+        if overrides:
+            config = _changed(config, overrides, folder)
+        found = _tokenizer(folder, tokenizer)
         if found.vocab_size > config.text.vocab_size:
-            named = request.tokenizer or f"in `{folder}`"
+            named = tokenizer or f"in `{folder}`"
             why = f"{found.vocab_size} tokens, and the model knows {config.text.vocab_size}"
             fix = "name the one it was trained with: `--tokenizer`"
             raise L4Error(f"the tokenizer {named} does not fit the model", why=why, fix=fix)
-        kinds = (request.dtype.value, request.kv_dtype.value)
-        return cls(folder, config, found, place, *kinds, request.chat)
+        return cls(folder, config, found, place, dtype, kv_dtype, is_chat)
 
     @property
     def name(self) -> str:
@@ -135,20 +167,36 @@ class TestedModel:
                 raise _too_long(plan, fitting)
             fitting = length
 
-    def subject(self) -> EngineSubject:
+    def load(self) -> Engine:
         """Load the weights; the engine takes texts of any length."""
-        model = load_model(self.folder, device=self.device, dtype=DTYPES[self.dtype])
-        engine = Engine(
+        model = load_model(
+            self.folder, device=self.device, dtype=DTYPES[self.dtype], config=self.config
+        )
+        return Engine(
             model,
             num_token_ids=self.tokenizer.vocab_size,
             max_context=_NO_LIMIT,
             cache_options=CacheOptions(self.kv_dtype),  # type: ignore[arg-type]
         )
-        return EngineSubject(engine, self.tokenizer, is_chat=self.is_chat)
+
+    def subject(self) -> EngineSubject:
+        """Load it, to be asked."""
+        return EngineSubject(self.load(), self.tokenizer, is_chat=self.is_chat)
 
     def report(self) -> dict[str, Any]:
         """What there is to say of the machine afterwards."""
         return {"machine": environment(self.device)}
+
+
+def _changed(config: Llama4Config, overrides: Sequence[str], folder: Path) -> Llama4Config:
+    """Apply `--set`; what gives the weights another shape is no test of them."""
+    changed = apply_overrides(config, overrides)
+    try:
+        require_weights_fit(changed, folder)
+    except L4Error as error:
+        what = f"cannot test `{folder}` with " + " ".join(f"`--set {word}`" for word in overrides)
+        raise UsageError(what, why=error.why, fix="set only what leaves weights alone") from None
+    return changed
 
 
 def _too_long(plan: ReadingPlan, fitting: int | None) -> L4Error:

@@ -61,6 +61,7 @@ class Request:
     keys: str | None
     values: str | None
     tokenizer: str | None
+    set_: list[str] | None
     separate: bool
     chat: bool
     controls: bool
@@ -75,6 +76,7 @@ class Request:
     jobs: int
     timeout: float
     max_tokens: int | None
+    answer_tokens: int | None
     preset: str | None
     gpus: str | None
     out: Path
@@ -149,6 +151,7 @@ class Request:
             "`--chat`": self.chat,
             f"`--kv-dtype {self.kv_dtype}`": self.kv_dtype is not KvDtype.auto,
             f"`--dtype {self.dtype}`": self.dtype is not WeightsDtype.auto,
+            "`--set`": bool(self.set_),
             "`--tasks nll`": self.wants_nll,
         }
         for name, is_given in others.items():
@@ -171,6 +174,7 @@ class Request:
             "api": None if self.endpoint is None else self.api.value,
             "dtype": self.dtype.value,
             "kv_dtype": self.kv_dtype.value,
+            "set": self.set_,
             "haystack": self.haystack,
             "haystack_bytes": _num_bytes(self.haystack or []),
             "needle": self.needle,

@@ -97,7 +97,7 @@ def _open(request: Request) -> Tested:
         return TestedEndpoint.open(request)
     from l4cli.commands.needle_model import TestedModel
 
-    return TestedModel.open(request)
+    return TestedModel.of(request)
 
 
 def _read(
@@ -127,7 +127,9 @@ def _read(
     try:
         with terminal.progress("reading", total) as bar:
             reader = _Reader(subject, bar, weights, cells.after)
-            reader.run(missing, maker, store)
+            # The server, not this process, does the work: several texts may be under way.
+            num_at_once = 1 if request.endpoint is None else request.jobs
+            reader.run(missing, maker, store, num_at_once)
             if documents is not None:
                 assert isinstance(subject, EngineSubject)
                 nll.run(subject, documents, request.seed, store, reader.inside_run)
@@ -157,8 +159,18 @@ class _Reader:
         if isinstance(subject, EngineSubject):
             subject.on_progress = self.inside
 
-    def run(self, jobs: list[Job], maker: SampleMaker, store: ResultsStore) -> None:
-        run_grid(jobs, maker, self.subject, store, before_job=self.before, after_job=self.after)
+    def run(
+        self, jobs: list[Job], maker: SampleMaker, store: ResultsStore, num_at_once: int
+    ) -> None:
+        run_grid(
+            jobs,
+            maker,
+            self.subject,
+            store,
+            num_at_once=num_at_once,
+            before_job=self.before,
+            after_job=self.after,
+        )
 
     def before(self, job: Job) -> None:
         self.job = job

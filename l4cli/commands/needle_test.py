@@ -23,6 +23,14 @@ from typing import Annotated
 import typer
 
 from l4cli import terminal
+from l4cli.commands import training_options as train
+from l4cli.commands.longcontext_options import (
+    HaystackOption,
+    KeysOption,
+    NeedleOption,
+    QuestionOption,
+    ValuesOption,
+)
 from l4cli.commands.needle_frames import DEFAULT_LENGTHS, DEFAULT_TASKS
 from l4cli.commands.needle_options import Api, KvDtype, Request, WeightsDtype
 from l4cli.commands.options import (
@@ -59,17 +67,15 @@ def needle_test(
         str | None, typer.Option(metavar="LIST", help="the same in hours of film, at `--fps`")
     ] = None,
     fps: Fps = DEFAULT_FPS,
-    haystack: Annotated[
-        list[str] | None,
-        typer.Option(help="text files, folders or packed shards to hide needles in"),
-    ] = None,
-    needle: Annotated[str | None, typer.Option(help="as in `#{key}={value};`")] = None,
-    question: Annotated[str | None, typer.Option(help="as in `#{key}=`")] = None,
-    keys: Annotated[str | None, typer.Option(help="words, letters:N, digits:N or uuid")] = None,
-    values: Annotated[str | None, typer.Option(help="words, letters:N, digits:N or uuid")] = None,
+    haystack: HaystackOption = None,
+    needle: NeedleOption = None,
+    question: QuestionOption = None,
+    keys: KeysOption = None,
+    values: ValuesOption = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="where the folder has none: a folder, a file or `bytes`")
     ] = None,
+    set_: train.Set = None,
     separate: Annotated[
         bool, typer.Option("--separate", help="read a text of its own for every depth")
     ] = False,
@@ -112,6 +118,13 @@ def needle_test(
     ] = 300,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="with `--endpoint`: tokens this run may cost in all")
+    ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="with `--endpoint`: room for one answer, thinking included  [default: a sentence]",
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="with `--dry-run`: a shape instead of a checkpoint")

@@ -38,7 +38,7 @@ def run(request: Request) -> None:
 
         return needle_video_plan.show(request)
     require_usable(request.out, fresh=request.fresh)
-    axis, tested = axis_of(request), TestedModel.open(request)
+    axis, tested = axis_of(request), TestedModel.of(request)
     geometry = _geometry(tested)
     jobs = jobs_of(request)
     _check_memory(tested, geometry, axis)

@@ -11,6 +11,8 @@ import typer
 from l4cli.errors import UsageError
 
 LENGTHS = {"": 1, "k": 1 << 10, "m": 1 << 20}  # of rows and contexts
+WINDOW_ROWS = 16  # long rows need a larger window to find fitting pieces
+_WINDOW_TOKENS = 1 << 21
 COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}  # of tokens
 
 
@@ -38,6 +40,11 @@ MaxFrames = Annotated[
     int, typer.Option("--max-frames", min=1, help="most frames of a video, then spread evenly")
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="where to compute")]
+
+
+def default_window(seq_len: int) -> int:
+    """Tokens packed and shuffled at a time when nothing is said."""
+    return max(_WINDOW_TOKENS, WINDOW_ROWS * seq_len)
 
 
 def parse_number(text: str, option: str, example: str, units: dict[str, int]) -> int:

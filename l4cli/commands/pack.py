@@ -21,13 +21,20 @@ from typing import Annotated, Any
 import typer
 
 from l4cli import terminal
-from l4cli.commands.options import COUNTS, LENGTHS, Json, Quiet, Seed, parse_number
+from l4cli.commands.options import (
+    COUNTS,
+    LENGTHS,
+    WINDOW_ROWS,
+    Json,
+    Quiet,
+    Seed,
+    default_window,
+    parse_number,
+)
 from l4cli.errors import UsageError
 
 STDIN = "-"
 MAX_SEQ_LEN = 1 << 24
-WINDOW_TOKENS = 1 << 21
-WINDOW_ROWS = 16  # long rows need a larger window to find fitting pieces
 
 
 def pack(
@@ -65,7 +72,7 @@ def pack(
 ) -> None:
     terminal.configure(json=json, quiet=quiet)
     row_tokens = parse_number(seq_len, "--seq-len", "4k", LENGTHS)
-    window_tokens = max(WINDOW_TOKENS, WINDOW_ROWS * row_tokens)
+    window_tokens = default_window(row_tokens)
     if window is not None:
         window_tokens = parse_number(window, "--window", "4M", COUNTS)
     _check(row_tokens, window_tokens)

@@ -12,30 +12,22 @@ examples:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from l4cli import terminal
+from l4cli.commands import shard_training as shared
 from l4cli.commands import training_options as train
 from l4cli.commands import training_report as report
 from l4cli.commands.options import LENGTHS, Device, DeviceOption, Json, Quiet, Seed, parse_number
 from l4cli.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
-    from l4cli.checkpoint import RunFolder
-    from l4cli.data.loader import ShardSource
-    from l4cli.data.shards import ShardSet
-    from l4cli.model import Llama4Config
-    from l4cli.planning import TrainingPlan
-    from l4cli.training.loop import Evaluation, Loop
-    from l4cli.training.schedule import Schedule
+    from l4cli.training.loop import Loop
 
 
 class Freeze(StrEnum):
@@ -43,15 +35,6 @@ class Freeze(StrEnum):
 
     text = "text"
     vision = "vision"
-
-
-class BalanceKind(StrEnum):
-    """What keeps the experts equally busy."""
-
-    bias = "bias"
-    loss = "loss"
-    both = "both"
-    none = "none"
 
 
 def pretrain(
@@ -85,12 +68,8 @@ def pretrain(
     clip_grad: train.ClipGrad = 1.0,
     optim: train.OptimOption = train.Optim.muon,
     dtype: train.DtypeOption = train.Dtype.fp32,
-    balance: Annotated[
-        BalanceKind, typer.Option("--balance", help="what keeps the experts equally busy")
-    ] = BalanceKind.both,
-    balance_rate: Annotated[
-        float, typer.Option("--balance-rate", min=0.0, help="change of the bias per step")
-    ] = 1e-3,
+    balance: train.BalanceOption = train.BalanceKind.both,
+    balance_rate: train.BalanceRate = 1e-3,
     freeze: Annotated[
         Freeze | None, typer.Option("--freeze", help="keep the weights of one half")
     ] = None,
@@ -147,7 +126,7 @@ class Request:
     clip_grad: float
     optim: train.Optim
     dtype: train.Dtype
-    balance: BalanceKind
+    balance: train.BalanceKind
     balance_rate: float
     freeze: Freeze | None
     activation_checkpointing: bool
@@ -180,6 +159,24 @@ class Request:
         )
 
     @property
+    def recipe(self) -> shared.Recipe:
+        return shared.Recipe(
+            optim=self.optim.value,
+            dtype=self.dtype.value,
+            weight_decay=self.weight_decay,
+            clip_grad=self.clip_grad,
+            balance=self.balance.value,
+            balance_rate=self.balance_rate,
+            activation_checkpointing=self.activation_checkpointing,
+            seed=self.seed,
+            save_every=self.save_every,
+            keep=self.keep,
+            eval_every=self.eval_every,
+            log_every=self.log_every,
+            freeze=self.freeze.value if self.freeze else None,
+        )
+
+    @property
     def model_name(self) -> str:
         return str(self.config or self.init_from or self.preset or "nano")
 
@@ -205,24 +202,10 @@ class Request:
         self.rate.check()
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What follows from the request and the data, before anything large is allocated."""
-
-    source: ShardSource
-    held_out: ShardSet | None
-    config: Llama4Config
-    schedule: Schedule
-    plan: TrainingPlan
-    device: torch.device
-
-
-def prepare(request: Request) -> Prepared:
+def prepare(request: Request) -> shared.Prepared:
     """Open the data, make the config, refuse what cannot work."""
-    from l4cli.model import count_parameters
     from l4cli.training import data_setup, model_setup
-    from l4cli.training.device import num_threads, torch_device
-    from l4cli.training.passes import num_at_once
+    from l4cli.training.device import torch_device
 
     device = torch_device(request.device.value)
     config = model_setup.base_config(request.preset, request.config, request.init_from)
@@ -237,7 +220,7 @@ def prepare(request: Request) -> Prepared:
         micro_batch_size=request.micro_batch_size,
         seed=request.seed,
         attention_chunk_size=config.text.attention_chunk_size,
-        passes_at_once=num_at_once(count_parameters(config).total, device, num_threads()),
+        passes_at_once=shared.passes_at_once(config, device),
     )
     if request.freeze is Freeze.text and not source.num_media:
         why = "the shards hold no pictures, so nothing would learn"
@@ -251,59 +234,29 @@ def prepare(request: Request) -> Prepared:
     data_setup.require_context(config, source.seq_len)
     if request.init_from is not None:
         model_setup.require_weights(request.init_from, config, changed=request.set_ or [])
-    plan = _plan(request, config, source, device)
+    must_fit = not request.dry_run
+    plan = shared.plan_run(request.recipe, config, source, device, name=name, must_fit=must_fit)
     held_out = None
     if request.eval_data is not None:
         held_out = data_setup.open_held_out(request.eval_data, source, config)
     num_steps = request.length.num_steps(source.num_rows, source.batch_size, source.seq_len)
     schedule = request.rate.for_steps(num_steps, config.text.hidden_size)
-    return Prepared(source, held_out, config, schedule, plan, device)
+    return shared.Prepared(source, held_out, config, schedule, plan, device)
 
 
-def _plan(
-    request: Request, config: Llama4Config, source: ShardSource, device: torch.device
-) -> TrainingPlan:
-    """Work out what the run needs, and refuse to begin one that does not fit."""
-    from l4cli.planning import plan_training, require_training_fits
-
-    shape: dict[str, Any] = {
-        "optim": request.optim.value,
-        "dtype": request.dtype.value,
-        "micro_batch_size": source.micro_batch_size,
-        "seq_len": source.seq_len,
-        "checkpoint_layers": request.activation_checkpointing,
-    }
-    num_documents = sum(shards.index["num_documents"] for shards in source.datasets)
-    plan = plan_training(
-        config,
-        batch_size=source.batch_size,
-        mean_document_length=source.num_tokens / max(1, num_documents),
-        # A picture is one tile or more; how many shows only when it is decoded.
-        tiles=round(source.num_media / source.num_rows * source.micro_batch_size),
-        passes_at_once=source.passes_at_once,
-        device=str(device),
-        **shape,
-    )
-    if not request.dry_run:
-        require_training_fits(plan, request.model_name, **shape)
-    return plan
-
-
-def run(request: Request, prepared: Prepared) -> None:
+def run(request: Request, prepared: shared.Prepared) -> None:
     """Train, from the beginning or from where the folder's run stands."""
     from l4cli.checkpoint import load_weights
     from l4cli.training.device import make_repeatable
     from l4cli.training.run import Run
 
     make_repeatable(request.seed, prepared.device)
-    options = _identity(request, prepared)
+    init_from = str(request.init_from) if request.init_from else None
+    options = shared.identity(request.recipe, prepared, warmup=request.warmup, init_from=init_from)
     settings = {
         "data_paths": request.shards,
         "eval_data": None if request.eval_data is None else str(request.eval_data),
-        "save_every": request.save_every,
-        "keep": request.keep,
-        "eval_every": request.eval_every,
-        "log_every": request.log_every,
+        **request.recipe.settings(),
     }
     training = Run(
         "pretrain",
@@ -313,6 +266,7 @@ def run(request: Request, prepared: Prepared) -> None:
         prepared.schedule.num_steps,
         prepared.device,
         fresh=request.fresh,
+        notes={"seq_len": prepared.source.seq_len},
     )
 
     def start(loop: Loop) -> None:
@@ -325,94 +279,6 @@ def run(request: Request, prepared: Prepared) -> None:
         f"run folder `{request.folder}`"
     )
     try:
-        training.train(lambda folder: _build_loop(request, prepared, folder), start)
+        training.train(lambda folder: shared.build_loop(request.recipe, prepared, folder), start)
     finally:
         prepared.source.close()
-
-
-def _identity(request: Request, prepared: Prepared) -> dict[str, Any]:
-    """Everything the weights depend on. The length is compared apart: more steps are welcome."""
-    from l4cli.training import data_setup, model_setup
-
-    source, schedule = prepared.source, prepared.schedule
-    return {
-        "data": data_setup.identity(source),
-        "seed": request.seed,
-        "batch_size": source.batch_size,
-        "micro_batch_size": source.micro_batch_size,
-        "lr": schedule.peak_lr,
-        "min_lr": schedule.min_lr,
-        "warmup": request.warmup,  # None follows the number of steps
-        "schedule": schedule.kind,
-        "decay_frac": schedule.decay_frac,
-        "decay_shape": schedule.decay_shape,
-        "weight_decay": request.weight_decay,
-        "clip_grad": request.clip_grad,
-        "optim": request.optim.value,
-        "dtype": request.dtype.value,
-        "balance": request.balance.value,
-        "balance_rate": request.balance_rate,
-        "freeze": request.freeze.value if request.freeze else None,
-        "activation_checkpointing": request.activation_checkpointing,
-        "init_from": str(request.init_from) if request.init_from else None,
-        **model_setup.identity(prepared.config),
-    }
-
-
-def _build_loop(request: Request, prepared: Prepared, folder: RunFolder) -> Loop:
-    from l4cli.planning import gemm_rate
-    from l4cli.training.balance import BalanceOptions
-    from l4cli.training.loop import Loop, LoopOptions
-    from l4cli.training.objectives.language_model import LanguageModel
-    from l4cli.training.optim import OptimizerOptions
-    from l4cli.training.trainee import TraineeOptions, build_trainee
-
-    config, device, source = prepared.config, prepared.device, prepared.source
-    options = TraineeOptions(
-        optimizer=OptimizerOptions(request.optim.value, weight_decay=request.weight_decay),
-        balance=BalanceOptions(request.balance.value, request.balance_rate),
-        dtype=request.dtype.value,
-        freeze=request.freeze.value if request.freeze else None,
-        activation_checkpointing=request.activation_checkpointing,
-    )
-    trainee = build_trainee(
-        config, options, prepared.schedule, folder, source, device=device, seed=request.seed
-    )
-    num_steps = prepared.schedule.num_steps
-    every = train.default_interval(num_steps)
-    return Loop(
-        [trainee],
-        source,
-        LanguageModel(),
-        LoopOptions(
-            num_steps,
-            clip_grad=request.clip_grad,
-            save_every=every if request.save_every is None else request.save_every,
-            keep=request.keep,
-            eval_every=every if request.eval_every is None else request.eval_every,
-            log_every=request.log_every,
-        ),
-        device,
-        passes_at_once=source.passes_at_once,
-        evaluations=[_evaluation(trainee.model, prepared)] if prepared.held_out else [],
-        flops_per_token=prepared.plan.flops_per_token,
-        flops_per_tile=prepared.plan.flops_per_tile,
-        peak_flops=gemm_rate(request.dtype.value, str(device)),
-    )
-
-
-def _evaluation(model: Any, prepared: Prepared) -> Evaluation:
-    from l4cli.data.loader import eval_batches
-    from l4cli.evals.bits_per_byte import held_out
-
-    shards, source = prepared.held_out, prepared.source
-    chunk = prepared.config.text.attention_chunk_size
-    token_bytes = source.tokenizer().num_bytes()
-    assert shards is not None
-
-    def evaluate(between_batches: Callable[[], None]) -> dict[str, float]:
-        batches = eval_batches(shards, source.micro_batch_size, chunk)
-        found = held_out(model, batches, token_bytes, between_batches)
-        return {"bits_per_byte": found.bits_per_byte, "eval_loss": found.loss}
-
-    return evaluate

@@ -5,6 +5,7 @@ document a row: `text`, or OpenAI-style `messages`, with pictures in `images` an
 `videos`; any other file is one document of plain text. PNG, JPEG and video files that are named
 become documents of their own. Of a video, `--fps` frames a second are taken, each as one tile; of a
 long one `--max-frames`, spread evenly over it.
+With `--synthetic` nothing is read: long texts with questions are made, for teaching long context.
 
 examples:
   l4 tokenize docs/ --tokenizer tok/ | l4 pack
@@ -12,6 +13,7 @@ examples:
   cat book.txt | l4 tokenize | l4 pack -o shards/
   l4 tokenize captions.jsonl --preset nano --skip-bad -o captions.tokens
   l4 tokenize films/*.mp4 --preset nano --fps 2 --max-frames 32 -o films.tokens
+  l4 tokenize --synthetic retrieval --count 5M --length 512 --hard 0.5 -o needles.tokens
 """
 
 from __future__ import annotations
@@ -29,6 +31,13 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from l4cli import terminal
+from l4cli.commands.longcontext_options import (
+    HaystackOption,
+    KeysOption,
+    NeedleOption,
+    QuestionOption,
+    ValuesOption,
+)
 from l4cli.commands.options import (
     DEFAULT_FPS,
     DEFAULT_MAX_FRAMES,
@@ -37,6 +46,7 @@ from l4cli.commands.options import (
     MaxFrames,
     Quiet,
 )
+from l4cli.commands.synthetic_stream import SyntheticJob, SyntheticOptions
 from l4cli.data.inputs import STDIN, InputFormat, Inputs
 from l4cli.errors import L4Error, UsageError
 
@@ -72,6 +82,35 @@ def tokenize(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="replace FILE if it exists")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="threads; all cores if not given")] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(metavar="KINDS", help="make documents: `retrieval`, `copies`, ... or `all`"),
+    ] = None,
+    count: Annotated[
+        str | None, typer.Option(metavar="N", help="tokens of made documents, as in `5M`")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(metavar="N", help="tokens of one of them  [default: 512]")
+    ] = None,
+    haystack: HaystackOption = None,
+    needle: NeedleOption = None,
+    question: QuestionOption = None,
+    keys: KeysOption = None,
+    values: ValuesOption = None,
+    hard: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="share of `retrieval` documents full of needles"),
+    ] = None,
+    max_needles: Annotated[
+        int | None, typer.Option(min=1, help="needles asked for in one document  [default: 40]")
+    ] = None,
+    context_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="share of documents that teach all their text"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="seed of what is made  [default: 0]")
+    ] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -79,6 +118,27 @@ def tokenize(
     if text_key is not None and format not in (None, InputFormat.jsonl):
         why = f"`--format {format}` has no keys"
         raise UsageError("`--text-key` needs rows", why=why, fix="leave one of the two out")
+    made = SyntheticOptions(
+        synthetic,
+        count,
+        length,
+        haystack,
+        needle,
+        question,
+        keys,
+        values,
+        hard,
+        max_needles,
+        context_share,
+        seed,
+    )
+    if made.are_wanted():
+        if inputs:
+            why = "made documents come from no input"
+            raise UsageError(f"`{inputs[0]}` is not read", why=why, fix="use `--haystack PATH`")
+        _check_output(out, json, force)
+        _make(made, tokenizer, preset, out)
+        return
     names = _input_names(inputs)
     _check_output(out, json, force)
     exclude = _own_output(out)
@@ -94,6 +154,16 @@ def tokenize(
     with _output(out) as file:
         job.run(file, jobs or _num_cores(), total_bytes)
     job.tell(out)
+
+
+def _make(made: SyntheticOptions, tokenizer: str, preset: str | None, out: Path | None) -> None:
+
+    from l4cli.text import load_tokenizer
+
+    making = SyntheticJob(made, load_tokenizer(tokenizer), _geometry(preset, tokenizer))
+    with _output(out) as file:
+        making.run(file)
+    making.tell(out)
 
 
 def _input_names(inputs: list[str] | None) -> list[str]:

@@ -49,6 +49,15 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
+class BalanceKind(StrEnum):
+    """What keeps the experts equally busy."""
+
+    bias = "bias"
+    loss = "loss"
+    both = "both"
+    none = "none"
+
+
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="optimizer steps in all")]
 Tokens = Annotated[
     str | None, typer.Option("--tokens", metavar="N", help="tokens in all, as in `5M` or `1.5B`")
@@ -87,6 +96,12 @@ ClipGrad = Annotated[
 ]
 OptimOption = Annotated[Optim, typer.Option("--optim", help="optimizer of the hidden matrices")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="compute in; masters stay fp32")]
+BalanceOption = Annotated[
+    BalanceKind, typer.Option("--balance", help="what keeps the experts equally busy")
+]
+BalanceRate = Annotated[
+    float, typer.Option("--balance-rate", min=0.0, help="change of the bias per step")
+]
 SaveEvery = Annotated[
     int | None, typer.Option("--save-every", min=0, help="steps  [default: a tenth of all]")
 ]

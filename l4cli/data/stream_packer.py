@@ -5,11 +5,12 @@ in: names of token streams (`-` is stdin); out: a folder of shards and its index
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +20,16 @@ import numpy as np
 
 from l4cli import terminal
 from l4cli.data.packing import BestFitPacker, ConcatPacker, Rows, RowShuffler
-from l4cli.data.pieces import PictureBorders, Splitter
+from l4cli.data.pieces import PictureBorders, Pieces, Splitter
 from l4cli.data.shard_writer import ShardWriter
+from l4cli.data.staging import StagedFolder
 from l4cli.data.standard_input import standard_input
 from l4cli.data.stream import StreamHeader, StreamReader, read_stream
 from l4cli.errors import L4Error
 from l4cli.text import tokenizer_from_files
 
 STDIN = "-"
+LONG, SHORT = "long", "short"  # the folders of `pack_by_length`
 
 
 @dataclass(frozen=True)
@@ -47,37 +50,88 @@ def pack_streams(
     shard_rows: int | None = None,
 ) -> dict[str, Any]:
     """Pack all streams into one folder, which appears whole or not at all; give its index."""
-    line = _Line(seq_len, options)
-    header = None
     packing = asdict(options)
     with ShardWriter(out, seq_len=seq_len, packing=packing, shard_rows=shard_rows) as writer:
-        _check_headers(names)
-        read_bytes, began = 0, time.monotonic()
-        with terminal.progress("pack", _total_bytes(names)) as progress:
-            for name in names:
-                with _opened(name) as reader:
-                    header = _agreed(header, reader.header, names[0], name)
-                    line.splitter.begin_stream(name, _picture_borders(header), header.geometry)
-                    for frame in reader:
-                        line.write(line.packer.add(line.splitter.add(frame)), writer)
-                        rate = writer.num_tokens / (time.monotonic() - began)
-                        progress.update(
-                            read_bytes + reader.num_bytes,
-                            rows=str(writer.num_rows),
-                            tok_per_sec=terminal.count_text(rate),
-                        )
-                    read_bytes += reader.num_bytes
-        line.write(line.packer.finish(), writer)
-        for rows in line.shuffler.finish():
-            writer.add(rows)
-        assert header is not None
-        return writer.finish(header, line.splitter.labels.values())
+        line = _Line(seq_len, options, writer)
+        splitter = Splitter(seq_len, line.limit)
+        header = _feed(names, splitter, line.add, [writer])
+        line.finish()
+        return writer.finish(header, splitter.labels.values())
+
+
+def pack_by_length(
+    names: Sequence[str], out: str | Path, seq_len: int, options: PackingOptions
+) -> dict[str, dict[str, Any]]:
+    """Pack long documents into `out/long` and the others into `out/short`; give their indices.
+
+    Long is what has at least half a row of tokens before its first cut. What no document falls
+    into has no folder. All of `out` appears whole or not at all.
+    """
+    with StagedFolder(out) as staged:
+        indices = _pack_by_length(names, staged.path, seq_len, options)
+        staged.commit()
+    return indices
+
+
+def _pack_by_length(
+    names: Sequence[str], out: Path, seq_len: int, options: PackingOptions
+) -> dict[str, dict[str, Any]]:
+    indices: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        lines = {}
+        for name in (LONG, SHORT):
+            writer = ShardWriter(out / name, seq_len=seq_len, packing=asdict(options))
+            lines[name] = _Line(seq_len, options, stack.enter_context(writer))
+        splitter = Splitter(seq_len, lines[LONG].limit)
+        by_length = _ByLength(seq_len)
+
+        def add(pieces: Pieces) -> None:
+            is_long = by_length.is_long(pieces)
+            lines[LONG].add(pieces.select(np.flatnonzero(is_long)))
+            lines[SHORT].add(pieces.select(np.flatnonzero(~is_long)))
+
+        header = _feed(names, splitter, add, [line.writer for line in lines.values()])
+        for name, line in lines.items():
+            line.finish()
+            line.writer.packing["longest_short"] = by_length.longest_short
+            if line.has_rows or (name == SHORT and not indices):  # which refuses empty streams
+                indices[name] = line.writer.finish(header, splitter.labels.values())
+    return indices
+
+
+def _feed(
+    names: Sequence[str],
+    splitter: Splitter,
+    add: Callable[[Pieces], None],
+    writers: Sequence[ShardWriter],
+) -> StreamHeader:
+    """Read all streams through the splitter; return the header they share."""
+    _check_headers(names)
+    header = None
+    read_bytes, began = 0, time.monotonic()
+    with terminal.progress("pack", _total_bytes(names)) as progress:
+        for name in names:
+            with _opened(name) as reader:
+                header = _agreed(header, reader.header, names[0], name)
+                splitter.begin_stream(name, _picture_borders(header), header.geometry)
+                for frame in reader:
+                    add(splitter.add(frame))
+                    num_tokens = sum(writer.num_tokens for writer in writers)
+                    rate = num_tokens / (time.monotonic() - began)
+                    progress.update(
+                        read_bytes + reader.num_bytes,
+                        rows=str(sum(writer.num_rows for writer in writers)),
+                        tok_per_sec=terminal.count_text(rate),
+                    )
+                read_bytes += reader.num_bytes
+    assert header is not None
+    return header
 
 
 class _Line:
-    """Splitter, packer and shuffler as the options want them."""
+    """Packer, shuffler and writer as the options want them."""
 
-    def __init__(self, seq_len: int, options: PackingOptions) -> None:
+    def __init__(self, seq_len: int, options: PackingOptions, writer: ShardWriter) -> None:
         # Two generators: how much one of them is asked must not depend on the other.
         order, mixing = (
             np.random.default_rng([options.seed, i]) if options.shuffle else None for i in range(2)
@@ -86,14 +140,50 @@ class _Line:
         packer: type[BestFitPacker] | type[ConcatPacker]
         packer = ConcatPacker if is_concat else BestFitPacker
         self.packer = packer(seq_len, options.window, order)
-        limit = options.window if is_concat else seq_len
-        self.splitter = Splitter(seq_len, limit)
+        self.limit = options.window if is_concat else seq_len
         self.shuffler = RowShuffler(options.window, mixing)
+        self.writer = writer
+        self.has_rows = False
 
-    def write(self, packed: Iterator[Rows], writer: ShardWriter) -> None:
+    def add(self, pieces: Pieces) -> None:
+        """Take pieces and write the rows that are done."""
+        self._write(self.packer.add(pieces))
+
+    def finish(self) -> None:
+        """Write what is held; the writer stays open."""
+        self._write(self.packer.finish())
+        for rows in self.shuffler.finish():
+            self._put(rows)
+
+    def _write(self, packed: Iterator[Rows]) -> None:
         for rows in packed:
             for shuffled in self.shuffler.add(rows):
-                writer.add(shuffled)
+                self._put(shuffled)
+
+    def _put(self, rows: Rows) -> None:
+        self.has_rows = self.has_rows or rows.num_rows > 0
+        self.writer.add(rows)
+
+
+class _ByLength:
+    """Tells pieces of long documents; a document that is cut stays on its side."""
+
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
+        self.longest_short = 0  # tokens
+        self._last_is_long = False
+
+    def is_long(self, pieces: Pieces) -> np.ndarray:
+        """bool [pieces]; only a first piece decides, so frames and windows do not matter."""
+        is_first = pieces.begins == 0
+        first = np.where(is_first, np.arange(pieces.num_pieces), -1)
+        np.maximum.accumulate(first, out=first)  # -1: the document began before these pieces
+        is_long = np.where(first >= 0, 2 * pieces.lengths[first] >= self.seq_len, False)
+        is_long[first < 0] = self._last_is_long
+        self.longest_short = max(self.longest_short, int(pieces.lengths[~is_long].max(initial=0)))
+        if pieces.num_pieces:
+            self._last_is_long = bool(is_long[-1])
+        return is_long
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -6,20 +6,15 @@ in: samples; out: the answers to their questions, in order
 from __future__ import annotations
 
 import math
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from l4cli.data.longcontext.sample import Match, Question, Sample
-from l4cli.evals.endpoint import Api, Endpoint, EndpointOptions, Stopped
+from l4cli.evals.endpoint import Api, Endpoint, EndpointOptions
+from l4cli.evals.parallel import in_parallel
 from l4cli.evals.token_budget import BYTES_PER_TOKEN, TokenBudget
 from l4cli.text.tokenizer import Definition, Ids, Tokenizer
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 CHAT_ANSWER_TOKENS = 64  # room for a sentence around what is asked for
 SPARE_ANSWER_TOKENS = 16
@@ -41,7 +36,7 @@ class EndpointSubject:
         is_estimated = tokenizer is None or isinstance(tokenizer, EstimatedTokenizer)
         self.tokenizer = tokenizer or EstimatedTokenizer()
         self.budget = TokenBudget(max_tokens, is_exact=not is_estimated)
-        self.endpoint = Endpoint(options, self.budget)
+        self.endpoint = Endpoint(options)
         self.options, self.answer_tokens = options, answer_tokens
         # A completion goes on where the question ends; a chat model answers in a sentence.
         self.speaks_freely = options.api is Api.chat
@@ -50,23 +45,35 @@ class EndpointSubject:
             self.counting = f"the tokenizer `{self.tokenizer.name}`"
 
     def ask(self, sample: Sample) -> list[str]:
-        """Answer the questions of a sample. raises: L4Error when the server cannot be asked"""
+        """Answer the questions of a sample, all or none of them within the budget.
+
+        raises: L4Error when the server cannot be asked, or not any more
+        """
         context = sample.text
-        num_context = self._count(context)
-
-        def answer(question: Question) -> str:
-            num_prompt = num_context + self._count(question.prompt) + _FRAME_TOKENS
-            room = self.answer_tokens or self._room(question)
-            return self.endpoint.complete(context + question.prompt, num_prompt, room).text
-
-        return in_parallel(
-            answer, sample.questions, self.options.num_jobs, on_failure=self.endpoint.stop
+        num_context = self._count(context) + _FRAME_TOKENS
+        rooms = [self.answer_tokens or self._room(question) for question in sample.questions]
+        promises = self.budget.promise(
+            [
+                (num_context + self._count(question.prompt), room)
+                for question, room in zip(sample.questions, rooms, strict=True)
+            ]
         )
+
+        def answer(i: int) -> str:
+            prompt = context + sample.questions[i].prompt
+            return self.endpoint.complete(prompt, rooms[i], promises[i]).text
+
+        try:
+            numbers, num_jobs = range(len(rooms)), self.options.num_jobs
+            return list(in_parallel(answer, numbers, num_jobs, on_failure=self.endpoint.stop))
+        finally:
+            for promise in promises:
+                promise.release()
 
     def report(self) -> dict[str, Any]:
         """What the run took, for the summary."""
         return {
-            "num_requests": self.budget.num_requests,
+            "num_requests": self.endpoint.num_requests,
             "num_retries": self.endpoint.num_retries,
             "num_tokens_used": self.budget.num_used,
             "tokens_counted_with": self.counting,
@@ -82,55 +89,6 @@ class EndpointSubject:
         wanted = sum(counts) if question.match is Match.all else max(counts, default=0)
         extra = CHAT_ANSWER_TOKENS if self.speaks_freely else SPARE_ANSWER_TOKENS
         return 2 * wanted + extra
-
-
-def in_parallel(
-    work: Callable[[T], R],
-    items: Sequence[T],
-    num_threads: int,
-    *,
-    on_failure: Callable[[], None] = lambda: None,
-) -> list[R]:
-    """Do work on several threads and give the results in order; the first failure ends it.
-
-    The threads are daemons: Ctrl-C need not wait for answers nobody wants any more.
-    """
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[int, R | None, BaseException | None]] = queue.SimpleQueue()
-    is_over = threading.Event()
-    for i in range(len(items)):
-        todo.put(i)
-
-    def run() -> None:
-        while not is_over.is_set():
-            try:
-                i = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((i, work(items[i]), None))
-            except BaseException as error:  # it is raised where the results are awaited
-                if not isinstance(error, Stopped):
-                    is_over.set()
-                    on_failure()
-                done.put((i, None, error))
-
-    for _ in range(min(num_threads, len(items))):
-        threading.Thread(target=run, daemon=True).start()
-    results: dict[int, Any] = {}
-    try:
-        while len(results) < len(items):
-            i, result, error = done.get()
-            if isinstance(error, Stopped) and is_over.is_set():
-                continue  # the failure that stopped it is on its way
-            if error is not None:
-                raise error
-            results[i] = result
-    finally:
-        is_over.set()
-        if len(results) < len(items):
-            on_failure()
-    return [results[i] for i in range(len(items))]
 
 
 class EstimatedTokenizer(Tokenizer):

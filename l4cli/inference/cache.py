@@ -43,9 +43,10 @@ class TokenIds(Sequence[int]):
             return torch.empty(0, dtype=torch.int64)
         return torch.frombuffer(self.ids, dtype=torch.uint32).to(torch.int64)
 
-    def copy(self) -> TokenIds:
+    def first(self, num_tokens: int) -> TokenIds:
+        """A copy of the beginning."""
         other = TokenIds()
-        other.ids = self.ids[:]
+        other.ids = self.ids[:num_tokens]
         return other
 
     def __len__(self) -> int:
@@ -104,10 +105,29 @@ class Cache:
         for _ in range(num_forks):
             fork = Cache(self.config, self.options)
             fork.layers = [layer.share() for layer in self.layers]
-            fork.tokens, fork.logits_V = self.tokens.copy(), self.logits_V
+            fork.tokens, fork.logits_V = self.tokens.first(self.num_tokens), self.logits_V
             fork.model_id = self.model_id
             forks.append(fork)
         return forks
+
+    def keep_common(self, ids: Sequence[int]) -> int:
+        """Go back to where another text parts from this one; say how many tokens are left.
+
+        All of them when the text begins with them; else chunked layers can only go back to the
+        border of a chunk, where they hold nothing, and a token must be left to read.
+        """
+        mine, other = self.tokens.tensor(), torch.as_tensor(list(ids), dtype=torch.int64)
+        shorter = min(len(mine), len(other))
+        differs = (mine[:shorter] != other[:shorter]).nonzero()
+        common = int(differs[0]) if len(differs) else shorter
+        if common == len(mine):
+            return common
+        chunk = next((layer.chunk_size for layer in self.layers if layer.chunk_size), 1)
+        kept = min(common, len(other) - 1) // chunk * chunk
+        for layer in self.layers:
+            layer.rewind(kept)
+        self.tokens, self.logits_V = self.tokens.first(kept), None
+        return kept
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""

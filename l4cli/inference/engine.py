@@ -22,14 +22,13 @@ from torch import Tensor
 from l4cli.errors import L4Error
 from l4cli.inference.cache import Cache, CacheBatch
 from l4cli.inference.kept import CacheOptions
+from l4cli.inference.layer_major import Progress, hidden_states, read_layer_major
 from l4cli.inference.questions import Questions
 from l4cli.inference.sampler import Sampler, SamplingOptions
 from l4cli.model import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration
 from l4cli.ops.batch import Batch
 
 PREFILL_CHUNK = 2048  # tokens read at once: enough rows for each expert, little memory
-PREFILL_ELEMENTS = 2**20  # of small models more: a layer's states of a piece, 4 MiB in fp32
-MAX_PREFILL_CHUNK = 16384
 FINGERPRINT_ELEMENTS = 4096  # of each tensor that tells models apart
 LOGIT_ELEMENTS = 2**22  # logits held at once when scoring: 16 MiB
 
@@ -112,18 +111,19 @@ class Engine:
         self.device = next(model.parameters()).device
         self.never = _never_chosen(self.config, num_token_ids).to(self.device)
         self.cache_options = cache_options or CacheOptions()
-        pieces = PREFILL_ELEMENTS // self.config.text.hidden_size
-        self.prefill_chunk = max(PREFILL_CHUNK, min(MAX_PREFILL_CHUNK, pieces))
+        self.prefill_chunk = PREFILL_CHUNK
 
     @functools.cached_property
     def model_id(self) -> str:
         """Tells these weights from others of the same shape, whatever precision they are in."""
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.named_parameters()):
+            if weight.is_meta:
+                continue
             if weight.ndim == 1 or name.endswith("embed_tokens.weight"):
                 flat = weight.detach().flatten()
                 few = flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]
-                digest.update(few.cpu().bfloat16().view(torch.uint8).numpy().tobytes())
+                digest.update(few.cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def new_cache(self) -> Cache:
@@ -221,6 +221,61 @@ class Engine:
         for group in _groups([len(ids) for ids in all_ids], self.prefill_chunk):
             results += self._score_group(cache, all_ids[group])
         return results
+
+    @torch.inference_mode()
+    def read_layer_major(
+        self,
+        tokens: Any,
+        questions: Sequence[Any],
+        pixel_values: Tensor | None = None,
+        *,
+        hidden_store: str | Path = "memory",
+        weights: Path | str | None = None,
+        chunk_size: int = PREFILL_CHUNK,
+        on_progress: Progress | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`score_many` after `prefill`, with one layer's keys, values and weights held at a time.
+
+        `hidden_store`: "memory", or a file to be made for the states of all tokens; `weights`: a
+        checkpoint to bring layers in from, one by one, when the model came without them.
+        """
+        ids, all_ids = _as_ids(tokens), [_as_ids(question) for question in questions]
+        longest = max([0, *(len(question) for question in all_ids)])
+        self.check_context(len(ids) + longest)
+        for some in (ids, *all_ids):
+            _check_ids(some, self.config.text.vocab_size)
+        assert len(ids), "there is no text to read"
+        if not longest:
+            return [(torch.empty(0), torch.empty(0, dtype=torch.int64)) for _ in all_ids]
+        # The text's last token tells of each question's first: it goes along with all of them.
+        asked = [torch.cat([ids[-1:], question[:-1]]) for question in all_ids if len(question)]
+        text = self.config.text
+        with hidden_states(
+            hidden_store, len(ids) - 1, text.hidden_size, self.model.compute_dtype
+        ) as hidden_TD:
+            states_MD = read_layer_major(
+                self.model,
+                self._embedded(ids[:-1], pixel_values, chunk_size),
+                hidden_TD,
+                asked,
+                self.cache_options,
+                chunk_size,
+                weights,
+                on_progress,
+            )
+        judged = self._judged(states_MD, torch.cat(all_ids).to(self.device))
+        lengths = [len(question) for question in all_ids]
+        return list(zip(*(x.split(lengths) for x in judged), strict=True))
+
+    def _embedded(
+        self, ids_T: Tensor, pixel_values: Tensor | None, chunk_size: int
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Embeddings, pictures among them, piece by piece. shapes: -> rows, h_TD"""
+        for rows, tiles in _prefill_pieces(ids_T, pixel_values, self.config, chunk_size):
+            pixels = None
+            if pixel_values is not None and tiles.stop > tiles.start:
+                pixels = pixel_values[tiles].to(self.device)
+            yield rows, self.model.embed(ids_T[None, rows].to(self.device), pixels)[0]
 
     def _score_group(self, cache: Cache, all_ids: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Continuations side by side in one row, each seeing the past and itself."""

@@ -112,6 +112,29 @@ class Packed:
 Part = Plain | Packed
 
 
+def first_tokens(parts: list[Part], count: int) -> list[Part]:
+    """The parts of the first tokens; a group of codes that is cut becomes plain."""
+    found: list[Part] = []
+    for part in parts:
+        length = min(count, num_tokens(part))
+        count -= length
+        if isinstance(part, tuple):
+            found += [(part[0][:, :length], part[1][:, :length])] if length else []
+            continue
+        whole = length // KEY_GROUP * KEY_GROUP
+        if whole:
+            found.append(Packed(part.bits, whole, part.tensors).view())
+        if whole < length:
+            group = slice(whole // KEY_GROUP, whole // KEY_GROUP + 1)
+            tokens = slice(whole, whole + KEY_GROUP)
+            units = zip(part.tensors, _units(), strict=True)
+            cut = tuple(tensor[:, tokens if unit == 1 else group] for tensor, unit in units)
+            keys, values = Packed(part.bits, KEY_GROUP, cut).load(torch.float32)
+            rest = length - whole
+            found.append((keys[:, :rest].contiguous(), values[:, :rest].contiguous()))
+    return found
+
+
 def grown(kept: Tensor, filled: int, capacity: int) -> Tensor:
     """A copy with more room along dimension one."""
     larger = kept.new_empty(kept.shape[0], capacity, *kept.shape[2:])

@@ -19,6 +19,7 @@ from l4cli.inference.kept import (
     Packed,
     Part,
     Plain,
+    first_tokens,
     grown,
     part_tensors,
 )
@@ -198,6 +199,17 @@ class LayerCache:
 
     def _forget(self) -> None:
         self.sealed, self.tail_length = (), 0
+
+    def rewind(self, num_tokens: int) -> None:
+        """Go back to when so many tokens were read; a chunked layer to the border of a chunk."""
+        assert num_tokens <= self.num_tokens
+        if self.chunk_size is not None:
+            assert num_tokens % self.chunk_size == 0
+            self._forget()
+        else:
+            self.sealed = tuple(first_tokens(self.parts(), num_tokens))
+            self.packed, self.tail, self.tail_length = None, None, 0
+        self.num_tokens = num_tokens
 
     def share(self) -> LayerCache:
         """A second cache with the same past; from here on both append to tails of their own."""

@@ -6,7 +6,7 @@ out: attention of each over the past and over itself, up to where it stands
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from torch import Tensor
 from l4cli.inference.attention import Summed, as_heads, as_rows, attend_rows, attend_within
 from l4cli.inference.layer_cache import LayerCache
 
+Layers = Sequence[LayerCache] | Mapping[int, LayerCache]
+
 
 class Questions:
     """Stands where a cache stands; keeps nothing of what it is given."""
 
-    def __init__(self, layers: Sequence[LayerCache], num_read: int, lengths: Sequence[int]) -> None:
+    def __init__(self, layers: Layers, num_read: int, lengths: Sequence[int]) -> None:
         self.layers, self.num_read, self.lengths = layers, num_read, list(lengths)
 
     def attend(self, layer_idx: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:

@@ -47,11 +47,15 @@ class Llama4ForCausalLM(nn.Module):
         num_needed: int | None = None,
     ) -> Tensor:
         """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD"""
-        if batch.pixel_values is not None:
+        h_BTD = self.embed(batch.input_ids, batch.pixel_values)
+        return self.model(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """What the first layer reads. shapes: [B, T] -> h_BTD"""
+        if pixel_values is not None:
             fix = "use a checkpoint with vision, or leave the pictures out"
             raise L4Error("pictures given to a text model", why="it has no encoder", fix=fix)
-        h_BTD = _embed(self.model, batch.input_ids, self.compute_dtype)
-        return self.model(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed)
+        return _embed(self.model, input_ids, self.compute_dtype)
 
 
 class Llama4ForConditionalGeneration(nn.Module):
@@ -92,11 +96,16 @@ class Llama4ForConditionalGeneration(nn.Module):
         num_needed: int | None = None,
     ) -> Tensor:
         """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD"""
+        h_BTD = self.embed(batch.input_ids, batch.pixel_values)
         text = self.language_model.model
-        h_BTD = _embed(text, batch.input_ids, self.compute_dtype)
-        if batch.pixel_values is not None:
-            h_BTD = self._fuse(h_BTD, batch.input_ids, self.picture_features(batch.pixel_values))
         return text(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """What the first layer reads, pictures fused in. shapes: [B, T] -> h_BTD"""
+        h_BTD = _embed(self.language_model.model, input_ids, self.compute_dtype)
+        if pixel_values is None:
+            return h_BTD
+        return self._fuse(h_BTD, input_ids, self.picture_features(pixel_values))
 
     def picture_features(self, pixel_values: Tensor) -> Tensor:
         """Encode tiles. shapes: [tiles, 3, S, S] -> [tiles * tokens_per_tile, D]"""

@@ -213,6 +213,18 @@ class TextModel(nn.Module):
                 h_BTD = layer(h_BTD, shared)
         return self.norm(h_BTD)
 
+    def run_layer(
+        self,
+        layer_idx: int,
+        h_BTD: Tensor,
+        batch: Batch,
+        cache: Cache,
+        num_needed: int | None = None,
+    ) -> Tensor:
+        """One layer alone, for who takes a text through layer by layer."""
+        shared = self._shared_input(h_BTD, batch, cache, None)
+        return self.layers[layer_idx](h_BTD, shared, num_needed)
+
     def _shared_input(
         self, h_BTD: Tensor, batch: Batch, cache: Cache | None, routing: Routing | None
     ) -> LayerInput:

@@ -175,10 +175,15 @@ def require_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def require_weights(checkpoint: Path, config: Llama4Config, changed: Sequence[str]) -> None:
+def require_weights(
+    checkpoint: Path,
+    config: Llama4Config,
+    changed: Sequence[str],
+    may_lack: tuple[str, ...] = (),
+) -> None:
     """Refuse to start from a checkpoint that `--set` has made the model too different from."""
     try:
-        require_weights_fit(config, checkpoint)
+        require_weights_fit(config, checkpoint, may_lack=may_lack)
     except L4Error as error:
         if not changed:
             raise

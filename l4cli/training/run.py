@@ -6,7 +6,7 @@ in: a folder, the options that make the run, how to build its loop; out: the new
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Run:
     num_steps: int
     device: torch.device
     fresh: bool = False
+    notes: Mapping[str, Any] = field(default_factory=dict)  # saved too, never compared
 
     def identity(self) -> dict[str, Any]:
         """What stands in every checkpoint, to be compared when the run continues."""
@@ -36,9 +37,16 @@ class Run:
             "options": {"command": self.command, **self.options},
             "num_steps": self.num_steps,
             "environment": run_record.environment(self.device),
+            "notes": dict(self.notes),
         }
 
     def train(self, build: Callable[[RunFolder], Loop], start: Callable[[Loop], None]) -> Path:
+        """Train as `go_on` does, and say where the result is."""
+        checkpoint = self.go_on(build, start)
+        report_done(checkpoint)
+        return checkpoint
+
+    def go_on(self, build: Callable[[RunFolder], Loop], start: Callable[[Loop], None]) -> Path:
         """Lock the folder, then go on from its newest checkpoint or call `start` on a new loop.
 
         raises: UsageError when the folder holds something else or a run with other options
@@ -48,7 +56,7 @@ class Run:
             newest = folder.latest()
             if newest is not None and self._is_finished(newest):
                 terminal.say(f"finished: `{newest}` has all {self.num_steps} steps")
-                return self._report(newest)
+                return newest
             identity = self.identity()
             options = {**self.options, "num_steps": self.num_steps, **self.settings}
             run_record.write_record(self.folder, self.command, options, identity["environment"])
@@ -60,7 +68,15 @@ class Run:
                 loop.resume([newest])
                 terminal.say(f"continuing from `{newest}`")
                 self._tell_schedule(loop)
-            return self._report(loop.run())
+            return loop.run()
+
+    def finished(self) -> bool | None:
+        """Whether the folder's run has all its steps; None without a run in it.
+
+        raises: UsageError when the folder holds a run with other options
+        """
+        newest = RunFolder(self.folder).latest()
+        return None if newest is None else self._is_finished(newest)
 
     def _is_finished(self, newest: Path) -> bool:
         identity = self.identity()
@@ -83,7 +99,8 @@ class Run:
                     f"was planned for {planned} steps and had begun its decay"
                 )
 
-    def _report(self, checkpoint: Path) -> Path:
-        terminal.emit({"event": "done", "checkpoint": str(checkpoint)})
-        terminal.result(str(checkpoint))
-        return checkpoint
+
+def report_done(checkpoint: Path) -> None:
+    """Say which checkpoint a command ends with, to people and to programs."""
+    terminal.emit({"event": "done", "checkpoint": str(checkpoint)})
+    terminal.result(str(checkpoint))

@@ -263,3 +263,32 @@ def test_nll_reads_files_in_two_orders(
     assert "needs a haystack" in capsys.readouterr().err
     assert run(*args[:-1], "4k", "-o", tmp_path / "short") == 1
     assert "too short for `nll`" in capsys.readouterr().err
+
+
+def test_a_changed_config_is_another_test(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    args = [model, "--lengths", "512", "--depths", "1", "--samples", "1", *NEEDLES, "-o", out]
+    assert run(*args, "--set", "attn_scale=8", "--set", "floor_scale=16") == 0
+    changed = json.loads((out / "summary.json").read_text())
+    assert changed["settings"]["set"] == ["attn_scale=8", "floor_scale=16"]
+    capsys.readouterr()
+    assert run(*args) == 2
+    assert "why: `set` was attn_scale=8,floor_scale=16, now not set" in capsys.readouterr().err
+    assert run(*args, "--set", "hidden_size=64") == 2
+    assert "with `--set hidden_size=64`" in capsys.readouterr().err
+    assert run(*args, "--set", "attn_scal=8") == 2
+    assert "did you mean `attn_scale`?" in capsys.readouterr().err
+
+
+def test_the_changed_config_is_the_one_that_reads(model: Path) -> None:
+    from l4cli.commands.needle_model import TestedModel
+
+    plain = TestedModel.open(model, None, "cpu", "auto", "auto").load()
+    sharp = TestedModel.open(
+        model, None, "cpu", "auto", "auto", overrides=["attn_scale=8", "floor_scale=16"]
+    ).load()
+    ids = list(range(1, 200))
+    assert sharp.config.text.attn_scale == 8
+    assert (plain.score(ids) - sharp.score(ids)).abs().max() > 1e-4

@@ -84,7 +84,7 @@ def _teach(model, ids: list[int]) -> None:
     Whatever is not in the table (the end of a prompt) leads to the first id.
     """
     assert len(set(ids)) == len(ids) <= 30
-    text = model.language_model
+    text = getattr(model, "language_model", model)  # absent without vision
     for layer in text.model.layers:
         layer.self_attn.o_proj.weight.zero_()
         for name, weight in layer.feed_forward.named_parameters():

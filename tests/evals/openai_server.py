@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 KEY = "sk-test-0123456789"
-ASKED = re.compile(r"for (\S+) in the text above is:\s*$")
+ASKED = re.compile(r"for (.+) in the text above (?:is|are):\s*$")
 
 
 def find_needle(prompt: str) -> str:
-    """The value of the key that the end of the prompt asks for."""
+    """The values of the keys that the end of the prompt asks for."""
     asked = ASKED.search(prompt)
     if asked is None:
         return "I do not understand the question."
-    found = re.findall(rf"for {re.escape(asked[1])} is: (\S+?)\.", prompt)
-    return found[-1] if found else "It is not in the text."
+    found = []
+    for key in re.split(r", | and ", asked[1].rpartition(" for ")[2]):
+        found += re.findall(rf"for {re.escape(key)} is: (\S+?)\.", prompt)
+    return ", ".join(found) if found else "It is not in the text."
 
 
 @dataclass
@@ -63,13 +68,15 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
+    scheme = "http"
+
     def __init__(self, behaviour: Behaviour) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.behaviour = behaviour
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+        return f"{self.scheme}://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is no news."""
@@ -78,6 +85,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
+    is_counted = False
 
     def log_message(self, *args: Any) -> None:
         """Quiet."""
@@ -93,12 +101,18 @@ class Handler(BaseHTTPRequestHandler):
             behaviour.num_now += 1
             behaviour.num_most = max(behaviour.num_most, behaviour.num_now)
             failing = behaviour.failures.pop(0) if behaviour.failures else behaviour.always
+        self.body, self.is_counted = body, True
         try:
-            self.body = body
             (failing or Handler.answer)(self)
         finally:
-            with behaviour.lock:
-                behaviour.num_now -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Count this request no longer: before its last byte, or the client is faster."""
+        behaviour = self.server.behaviour
+        with behaviour.lock:
+            behaviour.num_now -= self.is_counted
+            self.is_counted = False
 
     def answer(self) -> None:
         """Read the prompt and answer, in the shape of the path."""
@@ -108,8 +122,9 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(401, f"Incorrect API key provided: {given}.", "invalid_api_key")
             return
         time.sleep(behaviour.delay_s)
-        is_chat = self.path.partition("?")[0] == "/v1/chat/completions"
-        if not is_chat and self.path != "/v1/completions":
+        path = urllib.parse.urlsplit(self.path).path  # a proxy gets the whole address
+        is_chat = path == "/v1/chat/completions"
+        if not is_chat and path != "/v1/completions":
             self.fail(404, f"no such path: {self.path}", "not_found")
             return
         if self.body["model"] != "reader":
@@ -157,6 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
+        self.leave()
         self.wfile.write(data)
 
     def hang_up(self) -> None:
@@ -233,10 +249,15 @@ def refuses(name: str) -> Failing:
 
 
 @contextmanager
-def running(**options: Any) -> Iterator[tuple[str, Behaviour]]:
+def running(certificate: Path | None = None, **options: Any) -> Iterator[tuple[str, Behaviour]]:
     """A server in this process; its address, and what to change about it."""
     behaviour = Behaviour(**options)
     server = Server(behaviour)
+    if certificate is not None:  # with its key in the same file
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.scheme = "https"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

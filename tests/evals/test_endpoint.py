@@ -6,9 +6,12 @@ import email.utils
 import itertools
 import json
 import re
+import shutil
+import subprocess
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,8 @@ from l4cli import terminal
 from l4cli.data.longcontext.sample import Question, Sample
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.endpoint import Api, EndpointOptions, api_key_from, request_url
-from l4cli.evals.endpoint_subject import EndpointSubject, EstimatedTokenizer, in_parallel
+from l4cli.evals.endpoint_subject import EndpointSubject, EstimatedTokenizer
+from l4cli.evals.parallel import Stopped, in_parallel
 from l4cli.text import load_tokenizer
 
 FILLER = "The grass is green and the sky is blue, as they were on the day before. "
@@ -128,16 +132,16 @@ def test_what_does_not_pass_after_all_tries_is_an_error(name: str) -> None:
     assert "the same command goes on" in caught.value.fix
 
 
-@pytest.mark.parametrize("failing", [openai_server.slow(1.0), openai_server.dripping])
+@pytest.mark.parametrize("failing", [openai_server.slow(5.0), openai_server.dripping])
 def test_a_silent_or_dripping_server_times_out(failing: openai_server.Failing) -> None:
     asked = sample(1)
     with running(failures=[failing]) as (url, behaviour):
-        expect_right(asked, subject(url, timeout_s=0.2).ask(asked))
+        expect_right(asked, subject(url, timeout_s=0.4, max_tries=9).ask(asked))
         behaviour.always = failing
         start = time.monotonic()
         with pytest.raises(L4Error) as caught:
             subject(url, timeout_s=0.2, max_tries=2).ask(asked)
-        assert time.monotonic() - start < 1.5
+        assert time.monotonic() - start < 5  # the server would take 10 s, or 100
     assert "no answer came within 0.2 s" in caught.value.why
     assert "`--timeout`" in caught.value.fix
 
@@ -158,8 +162,7 @@ def test_the_wait_a_server_asks_for_is_kept_by_all(as_date: bool) -> None:
     assert len(times) == 10
     # The four that were under way at the time, then nobody for a second.
     gaps = [b - a for a, b in itertools.pairwise(times)]
-    assert max(gaps) > 0.75
-    assert gaps.index(max(gaps)) <= 5
+    assert max(gaps[:6]) > 0.75
 
 
 def test_a_wait_that_is_too_long_is_not_slept_through() -> None:
@@ -174,7 +177,7 @@ def test_waits_double() -> None:
         subject(url, max_tries=5, first_wait_s=0.05, longest_wait_s=0.2).ask(sample(1))
     gaps = [b.time_s - a.time_s for a, b in itertools.pairwise(behaviour.seen)]
     for gap, wait in zip(gaps, (0.05, 0.1, 0.2, 0.2), strict=True):
-        assert wait <= gap < 1.5 * wait + 0.15
+        assert gap >= wait
 
 
 NONSENSE = {
@@ -259,8 +262,8 @@ def test_nobody_there_is_said_at_once() -> None:
         pass
     start = time.monotonic()
     with pytest.raises(L4Error, match="nothing listens there"):
-        subject(url, first_wait_s=5).ask(sample())
-    assert time.monotonic() - start < 2
+        subject(url, first_wait_s=30).ask(sample())
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("name", ["temperature", "seed"])
@@ -274,6 +277,15 @@ def test_a_setting_a_server_refuses_is_left_out_and_said(
     warning = capsys.readouterr().err
     assert warning.count(f"the server refuses `{name}`") == 1
     assert "may differ" in warning
+
+
+def test_a_refusal_of_what_was_not_asked_for_is_an_error() -> None:
+    error = {"message": "No.", "param": "temperature", "code": "unsupported_value"}
+    body = json.dumps({"error": error}).encode()
+    with running(always=openai_server.says(body, status=400)) as (url, behaviour):
+        with pytest.raises(L4Error, match="the server answers 400: No"):
+            subject(url).ask(sample())
+        assert len(behaviour.seen) == 2
 
 
 def test_newer_servers_get_their_own_name_for_the_limit() -> None:
@@ -292,12 +304,8 @@ def test_jobs_run_at_once_and_no_more_than_asked_for() -> None:
     asked = sample(9)
     for num_jobs in (1, 4):
         with running(delay_s=0.1) as (url, behaviour):
-            start = time.monotonic()
             expect_right(asked, subject(url, num_jobs=num_jobs).ask(asked))
-            took = time.monotonic() - start
         assert behaviour.num_most == num_jobs
-        # The first goes alone; eight more in two rounds of four, or one by one.
-        assert took > 0.9 if num_jobs == 1 else 0.3 <= took < 0.75
 
 
 def test_several_threads_share_the_jobs() -> None:
@@ -335,7 +343,7 @@ def test_the_guard_stops_before_the_limit_whatever_the_servers_vocabulary(
     bytes_per_token: float,
 ) -> None:
     """Estimates may be wrong; one counted answer corrects them, and the limit holds."""
-    asked = sample(40, filler=2)
+    asked = sample(8, filler=2)
     with running(bytes_per_token=bytes_per_token) as (url, _):
         asking = subject(url, max_tokens=60_000, num_jobs=4)
 
@@ -345,9 +353,9 @@ def test_the_guard_stops_before_the_limit_whatever_the_servers_vocabulary(
 
         with pytest.raises(L4Error) as caught:
             ask_for_ever()
-    assert 40_000 < asking.budget.num_used <= 60_000
+    assert 50_000 < asking.budget.num_used <= 60_000
     assert caught.value.what == "stopped before `--max-tokens 60000` was exceeded"
-    assert re.match(r"[45]\d,\d{3} tokens are used", caught.value.why)
+    assert re.match(r"5\d,\d{3} tokens are used, and the next 8 requests", caught.value.why)
     assert "`--max-tokens`" in caught.value.fix
 
 
@@ -356,7 +364,29 @@ def test_the_guard_refuses_a_first_request_that_is_too_large() -> None:
         with pytest.raises(L4Error, match="stopped before") as caught:
             subject(url, max_tokens=1000).ask(sample(1, filler=100))
         assert behaviour.seen == []
-    assert "0 tokens are used by 0 requests" in caught.value.why
+    assert caught.value.why.startswith("0 tokens are used, and the next 1 requests may take ")
+
+
+def test_a_refusal_loses_nothing_that_is_under_way() -> None:
+    """Texts asked at once: all that fit are finished, and those that do not cost nothing."""
+    asked = [sample(4, seed=seed, filler=4) for seed in range(40)]
+    with running(delay_s=0.01) as (url, behaviour):
+        asking = subject(url, max_tokens=20_000, num_jobs=8)
+        finished = []
+        with pytest.raises(L4Error, match="stopped before"):
+            finished.extend(in_parallel(asking.ask, asked, 4))
+    assert 20 > len(finished) > 5
+    assert len(behaviour.seen) == 4 * len(finished)
+    assert 15_000 < asking.budget.num_used <= 20_000
+
+
+def test_retries_that_may_be_billed_end_at_the_limit() -> None:
+    with running(always=openai_server.cut_off) as (url, behaviour):
+        asking = subject(url, max_tokens=5_000, max_tries=100)
+        with pytest.raises(L4Error, match="stopped before"):
+            asking.ask(sample(1))
+    one = asking.budget.num_used / len(behaviour.seen)
+    assert 3 * one <= asking.budget.num_used <= 5_000
 
 
 def test_usage_is_the_servers_own_count() -> None:
@@ -395,6 +425,53 @@ def test_a_given_tokenizer_counts() -> None:
         asking = subject(url, tokenizer=load_tokenizer("bytes"))
         asking.ask(sample(1))
     assert asking.report()["tokens_counted_with"] == "the tokenizer `bytes`"
+
+
+# Ways to the server
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's proxies are, servers of this process are asked directly."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = sample(1)
+    with running() as (url, behaviour):
+        monkeypatch.setenv("http_proxy", url.removesuffix("/v1"))
+        expect_right(asked, subject("http://model.example/v1").ask(asked))
+    assert behaviour.seen[0].path == "http://model.example/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Signed by itself, for 127.0.0.1."""
+    if shutil.which("openssl") is None:
+        pytest.skip("`openssl` is not on this machine")
+    folder = tmp_path_factory.mktemp("certificate")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1"
+    command += " -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out certificate.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    both = folder / "both.pem"
+    both.write_text((folder / "key.pem").read_text() + (folder / "certificate.pem").read_text())
+    return both
+
+
+def test_https_is_spoken_with_those_who_can_be_trusted(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = sample(1)
+    with running(certificate) as (url, behaviour):
+        assert url.startswith("https://")
+        with pytest.raises(L4Error, match="its certificate is not trusted") as caught:
+            subject(url).ask(asked)
+        assert "SSL_CERT_FILE" in caught.value.fix
+        assert behaviour.seen == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        expect_right(asked, subject(url).ask(asked))
 
 
 # Addresses and keys
@@ -489,12 +566,50 @@ def test_parallel_results_are_in_order_and_a_failure_is_the_first_to_be_raised()
             raise ValueError("seven")
         return i * i
 
-    assert in_parallel(work, range(7), 4) == [i * i for i in range(7)]
-    assert in_parallel(work, [], 4) == []
-    stopped = threading.Event()
+    assert list(in_parallel(work, range(7), 4)) == [i * i for i in range(7)]
+    assert list(in_parallel(work, [], 4)) == []
+    stopped, seen = threading.Event(), []
     with pytest.raises(ValueError, match="seven"):
-        in_parallel(work, range(100), 4, on_failure=stopped.set)
+        seen.extend(in_parallel(work, range(100), 4, on_failure=stopped.set))
     assert stopped.is_set()
+
+
+def test_a_failure_is_raised_and_not_that_others_were_stopped_by_it() -> None:
+    """Whoever is stopped says so first here; the reason still comes out."""
+    others = threading.Barrier(2)
+
+    def work(i: int) -> int:
+        others.wait()
+        if i == 1:
+            raise Stopped
+        time.sleep(0.1)
+        raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"):
+        list(in_parallel(work, range(2), 2))
+
+    def stop(i: int) -> int:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        list(in_parallel(stop, range(3), 2))
+
+
+def test_what_is_finished_before_a_failure_is_given() -> None:
+    """Also what comes after what never finished: each was paid for."""
+    others = threading.Barrier(3)
+
+    def work(i: int) -> int:
+        others.wait()
+        if i == 0:
+            time.sleep(0.2)
+            raise ValueError("slow failure")
+        return i
+
+    given = in_parallel(work, range(3), 3)
+    assert [next(given), next(given)] == [1, 2]
+    with pytest.raises(ValueError, match="slow failure"):
+        next(given)
 
 
 def test_quiet_and_json_leave_no_word_on_stdout(capsys: pytest.CaptureFixture) -> None:

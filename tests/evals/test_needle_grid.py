@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from evals.needle_parts import HARD, PerfectReader, has_depth, make_sample
 
+from l4cli.data.longcontext.sample import Sample
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.needle import (
     GridOptions,
+    Reading,
     ResultsStore,
     Role,
     collect_cells,
@@ -176,3 +180,52 @@ def test_free_speech_is_searched_for_the_answer_as_a_word() -> None:
     assert score_answer(question, f"It is {value}7.", speaks_freely=True) == 0.0
     assert score_answer(question, f"It is {value}.", speaks_freely=False) == 0.0
     assert score_answer(question, f"{value};", speaks_freely=False) == 1.0
+
+
+class SlowReader(PerfectReader):
+    """Waits until three texts are under way: it cannot go on alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = threading.Barrier(3, timeout=30)
+
+    def read(self, sample: Sample) -> Reading:
+        self.others.wait()
+        return super().read(sample)
+
+
+def test_texts_at_once_give_the_same_records_in_the_same_order(tmp_path: Path) -> None:
+    options = replace(OPTIONS, num_samples=2)
+    jobs = jobs_of(options)
+    assert len(jobs) % 3 == 0
+    told: list[str] = []
+    kept = {}
+    for num_at_once, reader in ((1, PerfectReader()), (3, SlowReader())):
+        store = ResultsStore.open(tmp_path / str(num_at_once), {})
+        run_grid(
+            jobs,
+            make_sample,
+            reader,
+            store,
+            num_at_once=num_at_once,
+            after_job=lambda job: told.append(job.key),
+        )
+        kept[num_at_once] = [record | {"time_s": 0} for record in store.records]
+    assert kept[1] == kept[3]
+    assert told == 2 * [job.key for job in jobs]
+
+
+def test_what_was_read_before_a_failure_is_kept(tmp_path: Path) -> None:
+    class Failing(PerfectReader):
+        def read(self, sample: Sample) -> Reading:
+            if self.num_read == 4:
+                raise L4Error("no more", why="four are enough", fix="none")
+            return super().read(sample)
+
+    jobs = jobs_of(OPTIONS)
+    store = ResultsStore.open(tmp_path / "report", {})
+    with pytest.raises(L4Error, match="four are enough"):
+        run_grid(jobs, make_sample, Failing(), store, num_at_once=2)
+    assert 3 <= len(store.finished) <= 5
+    run_grid(jobs, make_sample, PerfectReader(), store, num_at_once=2)
+    assert store.finished == {job.key for job in jobs}

@@ -7,7 +7,7 @@ import torch
 from tiny_llama4 import CHUNK, full_logits, random_ids, text_model
 
 from l4cli.errors import L4Error
-from l4cli.inference import Cache, CacheBatch, Engine
+from l4cli.inference import Cache, CacheBatch, CacheOptions, Engine
 from l4cli.inference.attention import _attention, attend_causally, reference_attention
 
 
@@ -183,3 +183,31 @@ def test_parts_of_the_past_equal_one_softmax():
             scores = keys[head // 2, seen] @ q[0, t, head] * 8**-0.5
             expected = scores.softmax(-1) @ values[head // 2, seen]
             torch.testing.assert_close(out[t, head], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("chunk", [CHUNK, 100, None])
+@pytest.mark.parametrize("common", [0, 3, 8, 299, 300, 517, 700])
+def test_going_back_to_where_another_text_parts(kv_dtype, chunk, common):
+    model = text_model(max_position_embeddings=2048, floor_scale=64, attention_chunk_size=chunk)
+    engine = Engine(model, cache_options=CacheOptions(kv_dtype))
+    past = random_ids(700)
+    other = torch.cat([past[:common], (past[common : common + 40] + 1) % 60, random_ids(9, 3)])
+    cache = engine.prefill(past)
+    kept = cache.keep_common(other.tolist())
+    assert kept == (700 if common == 700 else common // (chunk or 1) * (chunk or 1))
+    assert cache.num_tokens == kept
+    assert cache.tokens == past[:kept].tolist()
+    engine.prefill(other[kept:], cache=cache)
+    expected = full_logits(model, other)[-1]
+    most = {"auto": 1e-5, "int8": 0.05, "int4": 1.0}[kv_dtype]
+    assert float((cache.logits_V - expected).abs().max() / expected.std()) < most
+
+
+def test_going_back_leaves_a_token_to_read():
+    engine = Engine(text_model(attention_chunk_size=None))
+    cache = engine.prefill(random_ids(20))
+    assert cache.keep_common(random_ids(20)[:11].tolist()) == 10
+    cache = engine.prefill(random_ids(20))
+    assert cache.keep_common(random_ids(20).tolist()) == 20
+    assert cache.logits_V is not None

@@ -87,12 +87,26 @@ class WordKind:
                 else ""
             )
             raise UsageError(f"cannot draw {count + len(without)} keys", why=why, fix=fix)
+        if 2 * (count + len(without)) > self.num_values:  # drawing again and again would take long
+            order = [self._spell(i) for i in rng.permutation(self.num_values).tolist()]
+            known = set(without)
+            return [word for word in order if word not in known][:count]
         found = dict.fromkeys(without)
         while (missing := count + len(without) - len(found)) > 0:
             found |= dict.fromkeys(self.draw(missing + missing // 8, rng))
             while len(found) > count + len(without):
                 found.popitem()
         return list(found)[len(without) :]
+
+    def _spell(self, number: int) -> str:
+        """The string of a number below `num_values`."""
+        if self.name == "words":
+            return f"{ADJECTIVES[number // len(NOUNS)]}-{NOUNS[number % len(NOUNS)]}"
+        word = ""
+        for _ in range(self.num_symbols):
+            number, symbol = divmod(number, len(self.alphabet))
+            word += self.alphabet[symbol]
+        return word
 
     def _enough(self, count: int) -> int:
         size = 1

@@ -117,12 +117,12 @@ def _asked(
     asked: Sequence[Sequence[int]],  # the needles of each question
 ) -> Sample:
     """Weave needles into the haystack, and look that it has none of them already."""
-    fmt, tokenizer = setting.fmt, setting.tokenizer
+    fmt = setting.fmt
     needles = [
         Statement(fmt.write(key, value), depth, fmt.is_sentence)
         for key, value, depth in zip(keys, values, depths, strict=True)
     ]
-    room = setting.room(max(question.num_tokens(tokenizer) for question in questions))
+    room = setting.room(questions)
     signs = {fmt.sign(key) for key in keys}
     for _ in range(_MAX_TRIES):
         woven = weave(needles, room, setting, intro=fmt.intro)
@@ -170,11 +170,10 @@ class _Full:
             Question(fmt.ask(key), (fmt.lead + value,), depth=float(depth), end=fmt.end)
             for key, value, depth in zip(self.keys, values, depths, strict=True)
         ]
-        longest = max(question.num_tokens(setting.tokenizer) for question in self.questions)
         fixed = sum(map(setting.count, [self.fmt.intro, *self.asked]))
-        self.room = setting.room(longest) - fixed
+        self.room = setting.room(self.questions) - fixed
         if self.room < 0:
-            setting.refuse(longest + fixed)
+            setting.refuse(setting.question_tokens(self.questions) + fixed)
         self.order = sorted(range(len(depths)), key=lambda i: depths[i])
 
     def _written(self, keys: Sequence[str], values: Sequence[str]) -> list[str]:

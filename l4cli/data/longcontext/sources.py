@@ -197,7 +197,7 @@ _PATTERNS = (
     " When the {n} was {a}, the {m} {v} it {p} the {o}.",
     " Each {n} {p} the {b} {m} {v} the {a} {o}.",
     " They {v} the {a} {n} and left the {b} {m} {p} the {o}.",
-    " It was a {a} day, and the {n} {v} another {m}.",
+    " The day was {a}, and the {n} {v} another {m}.",
     " Some say the {n} {v} the {m}; others say the {b} {o} did.",
     " Later the {a} {n} {v} the {m} once more.",
     " Was the {n} {p} the {m} as {a} as the {b} {o}?",

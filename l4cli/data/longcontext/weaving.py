@@ -13,6 +13,7 @@ import numpy as np
 
 from l4cli.data.longcontext.haystack import Filler, Haystack
 from l4cli.data.longcontext.needles import NeedleFormat, sentence_format
+from l4cli.data.longcontext.sample import Question
 from l4cli.errors import UsageError
 from l4cli.text import Tokenizer
 
@@ -35,6 +36,7 @@ class Setting:
     fmt: NeedleFormat = field(default_factory=sentence_format)
     documents: tuple[str, ...] = ()  # files of the user's own, for `qa`
     repeat_keys: bool = False  # needles nobody asks for may repeat keys when these run out
+    asks_in_a_row: bool = False  # all questions follow the text one after the other: for teaching
 
     def count(self, text: str) -> int:
         """How many tokens a text has."""
@@ -42,12 +44,19 @@ class Setting:
             return len(text) if text.isascii() else len(text.encode())
         return len(self.tokenizer.encode(text))
 
-    def room(self, num_question_tokens: int) -> int:
+    def room(self, questions: Sequence[Question]) -> int:
         """How many tokens the text may have. raises: UsageError if there is no room for one"""
-        room = self.length - self.reserve - num_question_tokens
-        if room < 1:
-            self.refuse(num_question_tokens)
-        return room
+        taken = self.question_tokens(questions)
+        if self.length - self.reserve - taken < 1:
+            self.refuse(taken)
+        return self.length - self.reserve - taken
+
+    def question_tokens(self, questions: Sequence[Question]) -> int:
+        """What the questions take: the longest one, or all with what closes their answers."""
+        sizes = [question.num_tokens(self.tokenizer) for question in questions]
+        if not self.asks_in_a_row:
+            return max(sizes)
+        return sum(sizes) + sum(self.count(question.end) for question in questions)
 
     def refuse(self, num_tokens: int) -> None:
         """Say that the length is too short for what must be in it."""

@@ -5,6 +5,7 @@ in: options, a maker of samples, a subject, a store; out: one record in the stor
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 from l4cli.data.longcontext.sample import Sample
 from l4cli.evals.needle.store import ResultsStore
 from l4cli.evals.needle.subject import Reading, Subject, score_answer
+from l4cli.evals.parallel import in_parallel
 
 MAX_ANSWER_CHARS = 400  # of an answer, in the results
 
@@ -136,18 +138,40 @@ def run_grid(
     subject: Subject,
     store: ResultsStore,
     *,
+    num_at_once: int = 1,
     before_job: Callable[[Job], None] = lambda job: None,
     after_job: Callable[[Job], None] = lambda job: None,
 ) -> None:
-    """Read what is not in the store yet; a text is kept as soon as its questions are answered."""
-    for job in remaining(jobs, store.finished):
+    """Read what is not in the store yet; a text is kept as soon as its questions are answered.
+
+    `num_at_once`: texts under way at a time, for a subject that waits for a server; they are kept
+    in the order of the jobs.
+    """
+    missing = remaining(jobs, store.finished)
+    if num_at_once == 1:
+        for job in missing:
+            before_job(job)
+            store.append(_read(job, make_sample(job), subject))
+            after_job(job)
+        return
+    turn = threading.Lock()  # makers of samples are made for one thread
+
+    def read(job: Job) -> tuple[Job, dict[str, Any]]:
+        with turn:
+            sample = make_sample(job)
+        return job, _read(job, sample, subject)
+
+    for job, record in in_parallel(read, missing, num_at_once):
         before_job(job)
-        start = time.perf_counter()
-        sample = as_read(job, make_sample(job))
-        reading = subject.read(sample)
-        record = _record(job, sample, reading, subject.speaks_freely)
-        store.append({**record, "time_s": round(time.perf_counter() - start, 4)})
+        store.append(record)
         after_job(job)
+
+
+def _read(job: Job, sample: Sample, subject: Subject) -> dict[str, Any]:
+    start = time.perf_counter()
+    asked = as_read(job, sample)
+    record = _record(job, asked, subject.read(asked), subject.speaks_freely)
+    return {**record, "time_s": round(time.perf_counter() - start, 4)}
 
 
 def remaining(jobs: Sequence[Job], finished: Collection[str]) -> list[Job]:

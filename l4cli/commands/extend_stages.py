@@ -1,0 +1,331 @@
+"""The stages of an extension, one after the other, each a run of the one loop.
+
+in: what was asked of every stage; out: a run folder a stage, `OUT/latest`, or the plan of all
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l4cli import terminal
+from l4cli.commands import extend_data as data
+from l4cli.commands import shard_training as shared
+from l4cli.commands import training_options as train
+from l4cli.commands import training_report as report
+from l4cli.commands.extend_gate import Gate
+from l4cli.commands.extend_mix import Mix
+from l4cli.commands.extend_synthetic import Synthetic
+from l4cli.training.stages import Changes, Stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from l4cli.model import Llama4Config
+    from l4cli.text import Tokenizer
+    from l4cli.training.continuation import Origin
+    from l4cli.training.run import Run
+    from l4cli.training.schedule import Schedule
+
+COMMAND = "extend-context"
+LR_FRACTION = 0.75  # of the peak a checkpoint was trained with; what the study used
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of one stage."""
+
+    stage: Stage
+    changes: Changes
+    rate: train.LearningRate
+    mix: Mix
+    num_rows: int  # of a step
+    activation_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of all of them."""
+
+    checkpoint: Path
+    out: Path
+    stages: Sequence[Wanted]
+    recipe: shared.Recipe  # without an optimizer's name
+    optim: str | None
+    warmup: int | None
+    resets_optimizer: bool
+    trained_len: int | None
+    long_fraction: float
+    synthetic: Synthetic | None
+    gate: Gate | None
+    eval_data: Path | None
+    device: str
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A stage whose data is packed and whose model fits."""
+
+    wanted: Wanted
+    recipe: shared.Recipe
+    prepared: shared.Prepared
+    specs: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A stage's model and schedule, from the checkpoint and the options alone."""
+
+    wanted: Wanted
+    recipe: shared.Recipe
+    config: Llama4Config
+    schedule: Schedule
+
+
+def extend(job: Job) -> None:
+    """Pack the data of all stages, then train them in order.
+
+    raises: UsageError when the folder holds something else or was begun with other options
+    """
+    from l4cli.checkpoint import RunFolder
+    from l4cli.training import continuation, run_record
+    from l4cli.training.device import make_repeatable, torch_device
+    from l4cli.training.run import report_done
+
+    origin, shapes = _shapes(job)
+    tokenizer = _check_data(job, origin)
+    device = torch_device(job.device)
+    run_record.require_usable(job.out, fresh=job.fresh)
+    continuation.require_known_stages(job.out, [wanted.stage.name for wanted in job.stages])
+    make_repeatable(job.recipe.seed, device)
+    with RunFolder(job.out):
+        around = run_record.environment(device)
+        run_record.write_record(job.out, COMMAND, _described(job), around)
+        ready = [_prepare(job, shape, tokenizer, device) for shape in shapes]
+        checkpoint = origin.folder
+        try:
+            for stage in ready:
+                checkpoint = _train(job, stage, checkpoint, origin)
+                continuation.point_to(job.out, checkpoint)
+                if job.gate is not None:
+                    job.gate.check(job.out, stage.wanted.stage, checkpoint, job.device)
+        finally:
+            for stage in ready:
+                stage.prepared.source.close()
+    report_done(checkpoint)
+
+
+def _shapes(job: Job) -> tuple[Origin, list[Shape]]:
+    """Every stage's config and schedule; refuses what the checkpoint cannot become."""
+    from l4cli.checkpoint import load_config, resolve_checkpoint
+    from l4cli.training import continuation, model_setup
+    from l4cli.training.stretching import NEW_PARAMETERS, stretch
+
+    origin = continuation.Origin.read(resolve_checkpoint(job.checkpoint))
+    optim = job.optim or origin.optim or train.Optim.muon.value
+    if not job.resets_optimizer:
+        continuation.require_same_optimizer(origin, optim)
+    before = load_config(origin.folder)
+    trained_len = job.trained_len or origin.seq_len
+    shapes = []
+    for wanted in job.stages:
+        stage = wanted.stage
+        config = stretch(before, wanted.changes, stage.seq_len, trained_len)
+        model_setup.require_weights(origin.folder, config, wanted.changes.overrides, NEW_PARAMETERS)
+        rate = wanted.rate
+        if rate.lr is None and origin.peak_lr is not None:
+            rate = replace(rate, lr=LR_FRACTION * origin.peak_lr)
+            rate.check()
+        num_steps = -(-stage.num_tokens // (wanted.num_rows * stage.seq_len))
+        schedule = rate.for_steps(num_steps, config.text.hidden_size)
+        recipe = replace(
+            job.recipe, optim=optim, activation_checkpointing=wanted.activation_checkpointing
+        )
+        shapes.append(Shape(wanted, recipe, config, schedule))
+    return origin, shapes
+
+
+def _check_data(job: Job, origin: Origin) -> Tokenizer:
+    """Refuse streams and rows that cannot be used, before anything is written."""
+    from l4cli.text import load_tokenizer
+
+    mixes = [wanted.mix for wanted in job.stages]
+    data.check_streams(mixes)
+    data.require_same_tokenizer(mixes, origin.folder)
+    tokenizer = load_tokenizer(origin.folder)
+    if job.synthetic is not None:
+        job.synthetic.try_out([wanted.stage for wanted in job.stages], tokenizer)
+    return tokenizer
+
+
+def _shares(job: Job, wanted: Wanted, tokenizer: Tokenizer) -> list[data.Share]:
+    """Pack and make what a stage reads."""
+    stage, mix, folder = wanted.stage, wanted.mix, job.out / "data"
+    of_streams = data.StageData(folder, job.recipe.seed).shares(stage, mix, job.long_fraction)
+    made = mix.synthetic_fraction
+    shares = [replace(share, share=share.share * (1 - made)) for share in of_streams]
+    if made > 0:
+        assert job.synthetic is not None
+        num_tokens = math.ceil(made * stage.num_tokens)
+        share = job.synthetic.make(folder, stage, num_tokens, tokenizer, job.recipe.seed)
+        shares.append(replace(share, share=made))
+    for share in shares:
+        terminal.say(
+            f"stage {stage.number}: {share.share:.0%} of its tokens from `{share.folder}` "
+            f"({terminal.count_text(share.num_tokens)} tokens)"
+        )
+    return shares
+
+
+def _prepare(job: Job, shape: Shape, tokenizer: Tokenizer, device: torch.device) -> Ready:
+    """Pack a stage's data, open it, and refuse what this machine cannot hold."""
+    from l4cli.training import data_setup
+
+    stage, config = shape.wanted.stage, shape.config
+    shares = _shares(job, shape.wanted, tokenizer)
+    specs = [share.spec for share in shares]
+    source = data_setup.open_source(
+        specs,
+        seq_len=stage.seq_len,
+        batch_size=shape.wanted.num_rows,
+        micro_batch_size=None,
+        seed=job.recipe.seed,
+        attention_chunk_size=config.text.attention_chunk_size,
+        passes_at_once=shared.passes_at_once(config, device),
+    )
+    data_setup.require_geometry(config, source.datasets)
+    plan = shared.plan_run(
+        shape.recipe, config, source, device, name=str(job.checkpoint), must_fit=True
+    )
+    held_out = None
+    if job.eval_data is not None:
+        held_out = data_setup.open_held_out(job.eval_data, source, config)
+    prepared = shared.Prepared(source, held_out, config, shape.schedule, plan, device)
+    return Ready(shape.wanted, shape.recipe, prepared, specs)
+
+
+def _train(job: Job, ready: Ready, start: Path, origin: Origin) -> Path:
+    """Train one stage from a checkpoint, or go on with it; return its last checkpoint."""
+    from l4cli.training import continuation
+
+    stage, prepared = ready.wanted.stage, ready.prepared
+    run = _run_of(job, ready, start)
+    if run.finished():
+        checkpoint = continuation.last_checkpoint(run.folder)
+        terminal.say(f"stage {stage.number} is finished: `{checkpoint}`")
+        return checkpoint
+    later = [other.stage.name for other in job.stages if other.stage.number > stage.number]
+    continuation.require_not_begun(job.out, stage.name, later)
+    terminal.emit({"event": "stage", "stage": stage.number, "seq_len": stage.seq_len})
+    terminal.say(f"stage {stage.number} of {len(job.stages)}: rows of {stage.seq_len}")
+    report.describe(str(start), prepared.plan, prepared.source, prepared.schedule)
+    keeps = not job.resets_optimizer or stage.number > 1
+    has_moments = origin.optim is not None or stage.number > 1
+    if keeps and not has_moments:
+        terminal.say(f"`{start}` holds no optimizer state; it begins anew")
+    return run.go_on(
+        lambda folder: shared.build_loop(ready.recipe, prepared, folder),
+        lambda loop: continuation.begin(
+            loop,
+            start,
+            keeps_optimizer=keeps and has_moments,
+            trained_len=job.trained_len or origin.seq_len,
+        ),
+    )
+
+
+def _run_of(job: Job, ready: Ready, start: Path) -> Run:
+    from l4cli.training import continuation
+    from l4cli.training.run import Run
+
+    stage = ready.wanted.stage
+    options = shared.identity(
+        ready.recipe,
+        ready.prepared,
+        warmup=job.warmup,
+        stage=stage.number,
+        init_from=continuation.fingerprint(start),
+        reset_optimizer=job.resets_optimizer,
+    )
+    settings = {
+        "data_paths": list(ready.specs),
+        "eval_data": None if job.eval_data is None else str(job.eval_data),
+        **ready.recipe.settings(),
+    }
+    return Run(
+        COMMAND,
+        job.out / stage.name,
+        options,
+        settings,
+        ready.prepared.schedule.num_steps,
+        ready.prepared.device,
+        notes={"seq_len": stage.seq_len},
+    )
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """What `OUT/run.toml` says; each stage's own has the rest."""
+    return {
+        "checkpoint": str(job.checkpoint),
+        "stages": [f"{w.stage.seq_len}:{w.stage.num_tokens}" for w in job.stages],
+        "streams": [[str(path) for path, _ in w.mix.streams] for w in job.stages],
+        "synthetic": None if job.synthetic is None else job.synthetic.kinds,
+        "long_fraction": job.long_fraction,
+        "seed": job.recipe.seed,
+    }
+
+
+def show_plan(job: Job) -> None:
+    """Print what every stage would take; nothing is packed and nothing is written."""
+    from l4cli.planning import TYPICAL_MFU, gemm_rate, plan_training
+    from l4cli.training import data_setup
+    from l4cli.training.device import torch_device
+
+    origin, shapes = _shapes(job)
+    _check_data(job, origin)
+    device = torch_device(job.device)
+    rows = []
+    for shape in shapes:
+        stage, recipe, num_rows = shape.wanted.stage, shape.recipe, shape.wanted.num_rows
+        at_once = data_setup.default_micro_batch_size(num_rows, stage.seq_len)
+        plan = plan_training(
+            shape.config,
+            optim=recipe.optim,
+            dtype=recipe.dtype,
+            micro_batch_size=at_once,
+            seq_len=stage.seq_len,
+            batch_size=num_rows,
+            checkpoint_layers=recipe.activation_checkpointing,
+            passes_at_once=min(at_once, shared.passes_at_once(shape.config, device)),
+            device=str(device),
+        )
+        num_tokens = shape.schedule.num_steps * plan.tokens_per_step
+        figures = {
+            "seq_len": stage.seq_len,
+            "num_steps": shape.schedule.num_steps,
+            "tokens_per_step": plan.tokens_per_step,
+            "num_tokens": num_tokens,
+            "lr": shape.schedule.peak_lr,
+            "bytes_total": plan.total_bytes,
+            "bytes_available": plan.available_bytes,
+            "fits": plan.fits,
+            "time_s": plan.time_s(num_tokens, 0, gemm_rate(recipe.dtype, str(device))),
+        }
+        terminal.emit({"event": "plan", "stage": stage.number, **figures})
+        rows.append(
+            (
+                stage.number,
+                stage.seq_len,
+                terminal.count_text(num_tokens),
+                f"{shape.schedule.num_steps} of {num_rows} rows",
+                f"{shape.schedule.peak_lr:.2e}",
+                terminal.bytes_text(plan.total_bytes) + ("" if plan.fits else " (too much)"),
+                terminal.time_text(figures["time_s"]),
+            )
+        )
+    columns = ("stage", "length", "tokens", "steps", "lr", "memory", "time")
+    terminal.table(f"time at {TYPICAL_MFU:.0%} of the GEMM rate here", columns, rows)
