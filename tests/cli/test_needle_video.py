@@ -62,6 +62,8 @@ def test_a_grid_of_films_and_pictures(model, tmp_path, capsys) -> None:
     assert (out / "results.jsonl").read_bytes() == before
     assert run(*words, "--fps", "2") == 2
     assert "`fps` was 1.0, now 2.0" in capsys.readouterr().err
+    assert run(*words, "--set", "attn_scale=0.5") == 2
+    assert "`set` was not set, now attn_scale=0.5" in capsys.readouterr().err
 
 
 def test_hours_are_another_axis(model, tmp_path, capsys) -> None:
