@@ -30,6 +30,11 @@ needles="--needle #{key}={value}; --question #{key}= --keys letters:3 --values d
 show needle-test "$L4_MODEL" --lengths 1k,2k,4k --depths 5 --samples 2 $needles -o $out/grid
 cp $out/grid/summary.json $out/summary.json
 
+# One frame of a film is the needle; films stream, so hours of them need no more memory to decode.
+show needle-test --dry-run --preset scout --gpus 8xh100 --hours 0.1,1,20 --fps 1
+films="--tasks video,pictures --frames 4,16 --depths 3 --samples 1"
+show needle-test "$L4_MODEL" $films -o $out/films || echo "exit code $?: a model without vision"
+
 # The same command again has nothing left to read.
 show needle-test "$L4_MODEL" --lengths 1k,2k,4k --depths 5 --samples 2 $needles -o $out/grid --json
 

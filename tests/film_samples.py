@@ -28,6 +28,7 @@ def save_film(
     gop: int | None = None,
     aspect: Fraction | None = None,
     rotation: int = 0,
+    is_mirrored: bool = False,
     audio_s: float = 0.0,
 ) -> Path:
     """Write a film, frame by frame; with `times_s` at these times instead of a fixed rate."""
@@ -45,8 +46,8 @@ def save_film(
             stream.codec_context.time_base = Fraction(1, 1000)
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
-        if rotation:
-            stream.set_display_rotation(rotation)
+        if rotation or is_mirrored:
+            stream.set_display_rotation(rotation, hflip=is_mirrored)
         for i, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if i == 0:

@@ -74,11 +74,15 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
+    config: Llama4Config | None = None,
     check_finite: bool = True,
 ) -> Any:
-    """Build the model a checkpoint describes and stream its weights in; `dtype` None: as stored."""
+    """Build the model a checkpoint describes and stream its weights in; `dtype` None: as stored.
+
+    `config`: of the same shape, in place of the checkpoint's own.
+    """
     folder = resolve_checkpoint(path)
-    model = build_model(load_config(folder), device="meta")
+    model = build_model(config or load_config(folder), device="meta")
     load_weights(model, folder, device=device, dtype=dtype, check_finite=check_finite)
     model.compute_dtype = _main_dtype(model)
     return model
@@ -124,11 +128,13 @@ def load_weights(
     may_lack: tuple[str, ...] = (),
     only: Callable[[str], bool] | None = None,
 ) -> list[str]:
-    """Fill a model's parameters from a checkpoint; return those it lacks, which keep their values.
+    """Fill a model's parameters from a checkpoint, all or `only` those of some names.
+
+    Return those it lacks, which keep their values.
 
     Parameters on the meta device are made on `device`, as `dtype` or as stored; others keep
     their place and dtype. Everything that headers can tell is checked before anything is read.
-    Only names that end in one of `may_lack` may be missing. `only` those it names are filled.
+    Only names that end in one of `may_lack` may be missing.
     """
     stored, matching = _matched(model, path, may_lack)
     parameters = dict(model.named_parameters())

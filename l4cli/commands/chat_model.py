@@ -73,7 +73,7 @@ def load(checkpoint: Path | None, device: str, dtype: str, *, is_raw: bool) -> C
     _require_vocabulary(folder, tokenizer, config)
     if not is_raw:
         _require_chat_format(folder, tokenizer)
-    geometry = _geometry(folder, tokenizer, config)
+    geometry = geometry_of(folder, tokenizer, config)
     generation = _generation(folder, config)
     _require_memory(folder, dtype, place)
     model = load_model(folder, device=place, dtype=DTYPES[dtype])
@@ -169,7 +169,7 @@ def _require_vocabulary(folder: Path, tokenizer: Tokenizer, config: Llama4Config
         raise L4Error(f"the tokenizer in `{folder}` does not fit the model", why=why, fix=fix)
 
 
-def _geometry(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> PictureGeometry | None:
+def geometry_of(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> PictureGeometry | None:
     """How pictures are cut for this model."""
     if config.vision is None:
         return None

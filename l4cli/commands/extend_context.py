@@ -10,12 +10,14 @@ examples:
   l4 extend-context runs/nano/latest books.tokens --stages 2k:5M,8k:20M -o runs/nano-8k
   l4 extend-context runs/nano books.tokens:0.8 code.tokens:0.2 --stages 8k:20M --floor-scale 512
   l4 extend-context runs/nano books.tokens --stages 4k:5M --synthetic all --hard 0.5 --gate 0.95
+  l4 extend-context runs/nano books.tokens --stages 4k:5M --synthetic-from runs/chat/latest
   l4 extend-context runs/nano books.tokens --stages 4k:2M,16k:4M --rope-scaling yarn --dry-run
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +31,7 @@ from l4cli.commands import shard_training as shared
 from l4cli.commands import training_options as train
 from l4cli.commands.extend_gate import Gate
 from l4cli.commands.extend_mix import Mix, mix_of_words, read_schedule
+from l4cli.commands.extend_questions import Writer
 from l4cli.commands.extend_synthetic import Needles, Synthetic
 from l4cli.commands.longcontext_options import (
     HaystackOption,
@@ -41,6 +44,15 @@ from l4cli.commands.options import LENGTHS, Device, DeviceOption, Json, Quiet, S
 from l4cli.errors import UsageError
 from l4cli.training.stages import Changes
 
+NEEDLE_OPTIONS = ("haystack", "needle", "question", "keys", "values")
+# By option, what the writer calls it.
+WRITER_OPTIONS = {
+    "passages": "num_passages",
+    "model": "model",
+    "api_key_env": "api_key_env",
+    "jobs": "num_jobs",
+    "max_tokens": "max_tokens",
+}
 CHECKPOINTED_LENGTH = 8192  # from here on activations are computed twice unless told otherwise
 
 
@@ -63,6 +75,12 @@ def extend_context(
     synthetic: extend.SyntheticOption = None,
     synthetic_fraction: extend.SyntheticFraction = None,
     hard: extend.Hard = None,
+    synthetic_from: extend.SyntheticFrom = None,
+    passages: extend.Passages = None,
+    model: extend.ModelName = None,
+    api_key_env: extend.ApiKeyEnv = None,
+    jobs: extend.Jobs = None,
+    max_tokens: extend.MaxTokens = None,
     haystack: HaystackOption = None,
     needle: NeedleOption = None,
     question: QuestionOption = None,
@@ -137,6 +155,12 @@ class Request:
     synthetic: str | None
     synthetic_fraction: float | None
     hard: float | None
+    synthetic_from: str | None
+    passages: int | None
+    model: str | None
+    api_key_env: str | None
+    jobs: int | None
+    max_tokens: int | None
     haystack: list[str] | None
     needle: str | None
     question: str | None
@@ -196,6 +220,7 @@ class Request:
             trained_len=trained_len,
             long_fraction=self.long_fraction,
             synthetic=self._synthetic(),
+            writer=self._writer(),
             gate=None if self.gate is None else Gate(self.gate, self._needles, self.seed),
             eval_data=self.eval_data,
             device=self.device.value,
@@ -226,7 +251,7 @@ class Request:
 
     def _mixes(self, num_stages: int) -> list[Mix]:
         """What each stage reads."""
-        has_synthetic = self.synthetic is not None
+        has_synthetic = self._makes
         if self.mix_schedule is not None:
             other = self.streams[0] if self.streams else "--synthetic-fraction"
             if self.streams or self.synthetic_fraction is not None:
@@ -247,6 +272,11 @@ class Request:
         return [mix_of_words(self.streams or (), fraction)] * num_stages
 
     @property
+    def _makes(self) -> bool:
+        """Whether anything is made."""
+        return self.synthetic is not None or self.synthetic_from is not None
+
+    @property
     def _needles(self) -> Needles:
         return Needles(
             tuple(self.haystack or ()), self.needle, self.question, self.keys, self.values
@@ -258,21 +288,28 @@ class Request:
             made = Synthetic(self.synthetic, self._needles, self.hard or 0.0)
             made.check()
             return made
-        needles = {"haystack": self.haystack, "needle": self.needle, "keys": self.keys}
-        given: dict[str, object] = {
-            "synthetic-fraction": self.synthetic_fraction,
-            "hard": self.hard,
-        }
+        given: dict[str, object] = {"hard": self.hard}
         if self.gate is None:
-            given |= {**needles, "question": self.question, "values": self.values}
-        for name, value in given.items():
-            if value is not None:
-                why = "it speaks of documents that are made, and none are asked for"
-                fix = "add `--synthetic retrieval`, or leave it out"
-                raise UsageError(f"`--{name}` needs `--synthetic`", why=why, fix=fix)
-        if self.gate is not None:
+            given |= {name: getattr(self, name) for name in NEEDLE_OPTIONS}
+        else:
             self._needles.format()
+        if self.synthetic_from is None:
+            given["synthetic-fraction"] = self.synthetic_fraction
+        _refuse_given(given, "--synthetic", "add `--synthetic retrieval`")
         return None
+
+    def _writer(self) -> Writer | None:
+        """Which model writes questions. raises: UsageError for options that mean nothing"""
+        given = {name: getattr(self, name) for name in WRITER_OPTIONS}
+        if self.synthetic_from is None:
+            _refuse_given(given, "--synthetic-from", "add `--synthetic-from CKPT`")
+            return None
+        if not self.streams and self.mix_schedule is None:
+            why = "questions are written about passages of streams, and none is named"
+            fix = "name what `l4 tokenize FILES -o books.tokens` wrote"
+            raise UsageError("cannot use `--synthetic-from`", why=why, fix=fix)
+        said = {WRITER_OPTIONS[name]: value for name, value in given.items() if value is not None}
+        return Writer(self.synthetic_from, **said)
 
     def _changes(self) -> Changes:
         rope = None if self.rope_scaling is None else extend.parse_rope(self.rope_scaling)
@@ -314,3 +351,12 @@ class Request:
             eval_every=self.eval_every,
             log_every=self.log_every,
         )
+
+
+def _refuse_given(given: Mapping[str, object], needed: str, fix: str) -> None:
+    """Refuse options that speak of what nobody asked for."""
+    for name, value in given.items():
+        if value is not None:
+            option = "--" + name.replace("_", "-")
+            why = "it speaks of documents that are made, and none are asked for"
+            raise UsageError(f"`{option}` needs `{needed}`", why=why, fix=f"{fix}, or leave it out")

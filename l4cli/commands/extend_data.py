@@ -41,11 +41,11 @@ class Share:
         return f"{self.folder}:{self.share / self.fill:.6f}"
 
 
-def check_streams(mixes: Iterable[Mix]) -> None:
+def check_streams(streams: Iterable[Path]) -> None:
     """Refuse what cannot be read again and again."""
     from l4cli.data.stream_packer import check_names
 
-    for path in dict.fromkeys(path for mix in mixes for path, _ in mix.streams):
+    for path in streams:
         check_names([str(path)])
         if str(path) == "-" or not path.is_file():
             fix = "write it to a file: `l4 tokenize FILES -o OUT.tokens`"
@@ -53,13 +53,13 @@ def check_streams(mixes: Iterable[Mix]) -> None:
             raise UsageError(f"cannot use `{path}`", why=why, fix=fix)
 
 
-def require_same_tokenizer(mixes: Iterable[Mix], checkpoint: Path) -> None:
+def require_same_tokenizer(streams: Iterable[Path], checkpoint: Path) -> None:
     """Refuse streams whose token ids mean something else to the checkpoint."""
     from l4cli.data.stream import read_stream
     from l4cli.text import load_tokenizer
 
     theirs = load_tokenizer(checkpoint).fingerprint
-    for path in dict.fromkeys(path for mix in mixes for path, _ in mix.streams):
+    for path in streams:
         with path.open("rb") as file:
             fingerprint = read_stream(file, str(path)).header.fingerprint
         if fingerprint != theirs:
@@ -104,7 +104,7 @@ class StageData:
         from l4cli.data.stream_packer import PackingOptions, pack_by_length
 
         options = PackingOptions("best-fit", default_window(seq_len), True, self.seed)
-        digests = [self._digest(Path(name)) for name in names]
+        digests = [self.digest(Path(name)) for name in names]
         key = key_of(seq_len=seq_len, streams=digests, seed=self.seed, window=options.window)
         folder = self.folder / f"{seq_len}-{key}"
         if not folder.exists():
@@ -112,7 +112,7 @@ class StageData:
             pack_by_length(names, folder, seq_len, options)
         return {path.name: opened(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
-    def _digest(self, path: Path) -> str:
+    def digest(self, path: Path) -> str:
         """The SHA-256 of a stream, kept beside the shards as long as the file is the same."""
         if path in self._digests:
             return self._digests[path]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l4cli import terminal
 from l4cli.commands.extend_data import key_of
@@ -17,10 +17,15 @@ from l4cli.commands.extend_synthetic import Needles
 from l4cli.errors import L4Error
 from l4cli.training.stages import Stage
 
+if TYPE_CHECKING:
+    from l4cli.inference import Engine
+    from l4cli.text import Tokenizer
+
 FILE, FOLDER = "gates.jsonl", "gates"
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 NUM_SAMPLES = 4  # texts of each length, asked at every depth
 TASK = "single"
+_NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -68,20 +73,20 @@ class Gate:
         """The answers of the grid; those on disk are not asked again."""
         import numpy as np
 
-        from l4cli.commands.needle_model import TestedModel
         from l4cli.data.longcontext.sample import Sample
         from l4cli.data.longcontext.tasks import make
         from l4cli.evals.needle.engine_subject import EngineSubject, Frame
         from l4cli.evals.needle.grid import GridOptions, Job, plan_jobs, remaining, run_grid
         from l4cli.evals.needle.store import ResultsStore
+        from l4cli.text import load_tokenizer
+        from l4cli.training.continuation import fingerprint
 
-        model = TestedModel.open(checkpoint, None, device, "auto", "auto")
         options = GridOptions(
             (TASK,), tuple(lengths), DEPTHS, NUM_SAMPLES, self.seed, has_controls=False
         )
         jobs = plan_jobs(options, lambda task: True, {})
         settings = {
-            "weights": model.weights_id,
+            "weights": fingerprint(checkpoint),
             "needles": asdict(self.needles),
             "seed": self.seed,
             "lengths": list(lengths),
@@ -93,7 +98,8 @@ class Gate:
         if not missing:
             return store.records
         terminal.say(f"gate of stage {stage.number}: {len(missing)} texts of {lengths} tokens")
-        frame = Frame.of(model.tokenizer, is_chat=False)
+        tokenizer = load_tokenizer(checkpoint)
+        frame = Frame.of(tokenizer, is_chat=False)
         haystack = self.needles.open_haystack(self.seed)
         fmt = self.needles.format()
 
@@ -102,7 +108,7 @@ class Gate:
                 job.task,
                 length=job.length,
                 depths=job.depths,
-                tokenizer=model.tokenizer,
+                tokenizer=tokenizer,
                 haystack=haystack,
                 rng=np.random.default_rng(job.seed(self.seed)),
                 fmt=fmt,
@@ -111,7 +117,7 @@ class Gate:
             )
 
         sample_of(missing[0])  # a length without room shows before the model is loaded
-        subject = EngineSubject(model.load(), model.tokenizer)
+        subject = EngineSubject(_engine(checkpoint, tokenizer, device), tokenizer)
         with terminal.progress("gate", len(jobs)) as bar:
             run_grid(
                 missing,
@@ -121,6 +127,16 @@ class Gate:
                 after_job=lambda job: bar.update(len(store.records)),
             )
         return store.records
+
+
+def _engine(checkpoint: Path, tokenizer: Tokenizer, device: str) -> Engine:
+    """The stage's model, ready for texts beyond what it claims to read."""
+    from l4cli.checkpoint import load_model
+    from l4cli.inference import Engine
+    from l4cli.training.device import torch_device
+
+    model = load_model(checkpoint, device=torch_device(device))
+    return Engine(model, num_token_ids=tokenizer.vocab_size, max_context=_NO_LIMIT)
 
 
 def _by_length(records: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:

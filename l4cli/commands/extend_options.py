@@ -89,6 +89,39 @@ Hard = Annotated[
     float | None,
     typer.Option("--hard", min=0.0, max=1.0, help="share of `retrieval` documents full of needles"),
 ]
+SyntheticFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--synthetic-from",
+        metavar="CKPT|URL",
+        help="a model that writes questions about passages of the streams, and checks them",
+    ),
+]
+Passages = Annotated[
+    int | None,
+    typer.Option(
+        "--passages", min=2, help="with `--synthetic-from`: how many to ask about  [default: 200]"
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="with a URL: the model's name there"),
+]
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-env",
+        metavar="NAME",
+        help="with a URL: the variable that holds the key  [default: OPENAI_API_KEY]",
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", min=1, help="with a URL: requests at the same time  [default: 4]"),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", min=1, help="with a URL: tokens to spend in all")
+]
 GateOption = Annotated[
     float | None,
     typer.Option(

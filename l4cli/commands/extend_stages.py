@@ -5,19 +5,19 @@ in: what was asked of every stage; out: a run folder a stage, `OUT/latest`, or t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4cli import terminal
-from l4cli.commands import extend_data as data
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_options as train
 from l4cli.commands import training_report as report
 from l4cli.commands.extend_gate import Gate
 from l4cli.commands.extend_mix import Mix
+from l4cli.commands.extend_questions import Writer
+from l4cli.commands.extend_supply import Demands, Supply
 from l4cli.commands.extend_synthetic import Synthetic
 from l4cli.training.stages import Changes, Stage
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from l4cli.model import Llama4Config
-    from l4cli.text import Tokenizer
     from l4cli.training.continuation import Origin
     from l4cli.training.run import Run
     from l4cli.training.schedule import Schedule
@@ -60,6 +59,7 @@ class Job:
     trained_len: int | None
     long_fraction: float
     synthetic: Synthetic | None
+    writer: Writer | None
     gate: Gate | None
     eval_data: Path | None
     device: str
@@ -97,7 +97,7 @@ def extend(job: Job) -> None:
     from l4cli.training.run import report_done
 
     origin, shapes = _shapes(job)
-    tokenizer = _check_data(job, origin)
+    supply = Supply.check(_demands(job), origin.folder, job.out / "data")
     device = torch_device(job.device)
     run_record.require_usable(job.out, fresh=job.fresh)
     continuation.require_known_stages(job.out, [wanted.stage.name for wanted in job.stages])
@@ -105,7 +105,8 @@ def extend(job: Job) -> None:
     with RunFolder(job.out):
         around = run_record.environment(device)
         run_record.write_record(job.out, COMMAND, _described(job), around)
-        ready = [_prepare(job, shape, tokenizer, device) for shape in shapes]
+        supply.write_questions()
+        ready = [_prepare(job, shape, supply, device) for shape in shapes]
         checkpoint = origin.folder
         try:
             for stage in ready:
@@ -117,6 +118,18 @@ def extend(job: Job) -> None:
             for stage in ready:
                 stage.prepared.source.close()
     report_done(checkpoint)
+
+
+def _demands(job: Job) -> Demands:
+    return Demands(
+        stages=[wanted.stage for wanted in job.stages],
+        mixes=[wanted.mix for wanted in job.stages],
+        long_fraction=job.long_fraction,
+        synthetic=job.synthetic,
+        writer=job.writer,
+        seed=job.recipe.seed,
+        device=job.device,
+    )
 
 
 def _shapes(job: Job) -> tuple[Origin, list[Shape]]:
@@ -149,44 +162,17 @@ def _shapes(job: Job) -> tuple[Origin, list[Shape]]:
     return origin, shapes
 
 
-def _check_data(job: Job, origin: Origin) -> Tokenizer:
-    """Refuse streams and rows that cannot be used, before anything is written."""
-    from l4cli.text import load_tokenizer
+def _prepare(job: Job, shape: Shape, supply: Supply, device: torch.device) -> Ready:
+    """Pack a stage's data, open it, and refuse what this machine cannot hold."""
+    from l4cli.training import data_setup
 
-    mixes = [wanted.mix for wanted in job.stages]
-    data.check_streams(mixes)
-    data.require_same_tokenizer(mixes, origin.folder)
-    tokenizer = load_tokenizer(origin.folder)
-    if job.synthetic is not None:
-        job.synthetic.try_out([wanted.stage for wanted in job.stages], tokenizer)
-    return tokenizer
-
-
-def _shares(job: Job, wanted: Wanted, tokenizer: Tokenizer) -> list[data.Share]:
-    """Pack and make what a stage reads."""
-    stage, mix, folder = wanted.stage, wanted.mix, job.out / "data"
-    of_streams = data.StageData(folder, job.recipe.seed).shares(stage, mix, job.long_fraction)
-    made = mix.synthetic_fraction
-    shares = [replace(share, share=share.share * (1 - made)) for share in of_streams]
-    if made > 0:
-        assert job.synthetic is not None
-        num_tokens = math.ceil(made * stage.num_tokens)
-        share = job.synthetic.make(folder, stage, num_tokens, tokenizer, job.recipe.seed)
-        shares.append(replace(share, share=made))
+    stage, config = shape.wanted.stage, shape.config
+    shares = supply.shares(stage, shape.wanted.mix)
     for share in shares:
         terminal.say(
             f"stage {stage.number}: {share.share:.0%} of its tokens from `{share.folder}` "
             f"({terminal.count_text(share.num_tokens)} tokens)"
         )
-    return shares
-
-
-def _prepare(job: Job, shape: Shape, tokenizer: Tokenizer, device: torch.device) -> Ready:
-    """Pack a stage's data, open it, and refuse what this machine cannot hold."""
-    from l4cli.training import data_setup
-
-    stage, config = shape.wanted.stage, shape.config
-    shares = _shares(job, shape.wanted, tokenizer)
     specs = [share.spec for share in shares]
     source = data_setup.open_source(
         specs,
@@ -274,6 +260,7 @@ def _described(job: Job) -> dict[str, Any]:
         "stages": [f"{w.stage.seq_len}:{w.stage.num_tokens}" for w in job.stages],
         "streams": [[str(path) for path, _ in w.mix.streams] for w in job.stages],
         "synthetic": None if job.synthetic is None else job.synthetic.kinds,
+        "synthetic_from": None if job.writer is None else job.writer.source,
         "long_fraction": job.long_fraction,
         "seed": job.recipe.seed,
     }
@@ -286,7 +273,7 @@ def show_plan(job: Job) -> None:
     from l4cli.training.device import torch_device
 
     origin, shapes = _shapes(job)
-    _check_data(job, origin)
+    Supply.check(_demands(job), origin.folder, job.out / "data")
     device = torch_device(job.device)
     rows = []
     for shape in shapes:

@@ -20,17 +20,34 @@ from l4cli.training.device import torch_device
 
 def show(request: Request) -> None:
     """Print the plan."""
-    config, dtype = _shape(request)
-    machine = _machine(request, dtype)
+    config, dtype = shape_of(request)
+    machine = machine_of(request, dtype)
     num_texts = _num_texts(request)
     rows, total_s = [], 0.0
     for length in request.length_list:
-        plan = plan_reading(config, length, machine, dtype=dtype, kv_dtype=request.kv_dtype.value)
+        plan = plan_reading(
+            config,
+            length,
+            machine,
+            dtype=dtype,
+            kv_dtype=request.kv_dtype.value,
+            is_layer_major=request.layer_major,
+        )
         total_s += num_texts[length] * plan.time_s
-        terminal.emit(_event(plan, num_texts[length]))
+        terminal.emit(event_of(plan, num_texts[length]))
         rows.append(_row(plan, num_texts[length]))
     terminal.emit({"event": "plan_total", "machine": machine.name, "total_time_s": total_s})
-    columns = ("length", "texts", "keys and values", "memory", "fits", "FLOPs", "a text", "all")
+    columns = (
+        "length",
+        "texts",
+        "keys and values",
+        "memory",
+        "host memory",
+        "fits",
+        "FLOPs",
+        "a text",
+        "all",
+    )
     terminal.table("", columns, rows)
     where = f"this machine ({machine.name})" if request.gpus is None else machine.name
     terminal.result(f"in all {terminal.time_text(total_s)} on {where}, an estimate")
@@ -44,7 +61,7 @@ def _num_texts(request: Request) -> dict[int, int]:
     return counts
 
 
-def _event(plan: ReadingPlan, num_texts: int) -> dict[str, Any]:
+def event_of(plan: ReadingPlan, num_texts: int) -> dict[str, Any]:
     caches = {"full": plan.full_cache_bytes, "local": plan.local_cache_bytes}
     sizes = {
         "bytes_weights": plan.weights_bytes,
@@ -75,6 +92,7 @@ def _row(plan: ReadingPlan, num_texts: int) -> tuple[str, ...]:
         str(num_texts),
         terminal.bytes_text(plan.full_cache_bytes + plan.local_cache_bytes),
         terminal.bytes_text(plan.total_bytes),
+        terminal.bytes_text(plan.host_bytes),
         "yes" if plan.fits else "no",
         f"{flops:.2e}",
         terminal.time_text(plan.time_s),
@@ -82,16 +100,16 @@ def _row(plan: ReadingPlan, num_texts: int) -> tuple[str, ...]:
     )
 
 
-def _shape(request: Request) -> tuple[Llama4Config, str]:
+def shape_of(request: Request) -> tuple[Llama4Config, str]:
     """The config, and what is computed in."""
     if request.preset is not None:
         dtype = "bf16" if request.dtype.value == "auto" else request.dtype.value
         return load_preset(request.preset), dtype
-    model = TestedModel.open(request)
+    model = TestedModel.of(request)
     return model.config, model.compute_dtype
 
 
-def _machine(request: Request, dtype: str) -> Machine:
+def machine_of(request: Request, dtype: str) -> Machine:
     """The machine that was named, or this one."""
     if request.gpus is not None:
         return parse_gpus(request.gpus)

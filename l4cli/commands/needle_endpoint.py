@@ -25,6 +25,7 @@ class TestedEndpoint:
     options: EndpointOptions
     tokenizer: Tokenizer
     max_tokens: int | None
+    answer_tokens: int | None
 
     @classmethod
     def open(cls, request: Request) -> TestedEndpoint:
@@ -43,10 +44,10 @@ class TestedEndpoint:
             timeout_s=request.timeout,
             seed=request.seed,
         )
-        tokenizer = EstimatedTokenizer()
+        tokenizer: Tokenizer = EstimatedTokenizer()
         if request.tokenizer is not None:
-            return cls(options, load_tokenizer(request.tokenizer), request.max_tokens)
-        return cls(options, tokenizer, request.max_tokens)
+            tokenizer = load_tokenizer(request.tokenizer)
+        return cls(options, tokenizer, request.max_tokens, request.answer_tokens)
 
     @property
     def name(self) -> str:
@@ -55,19 +56,22 @@ class TestedEndpoint:
     @property
     def kind(self) -> str:
         """How it is asked, in a few words."""
-        return f"{self.options.api} at {self.options.url}"
+        return f"{self.options.api} at {self.options.shown_url}"
 
     @property
     def reserve(self) -> int:
         """Room for a chat format nobody here knows, and for a sentence around the answer."""
+        if self.answer_tokens is not None:
+            return self.answer_tokens
         return CHAT_ANSWER_TOKENS if self.options.api is Api.chat else 1
 
     def facts(self) -> dict[str, Any]:
         """What tells it from other models."""
         return {
             "model": self.options.model,
-            "endpoint": self.options.url,
+            "endpoint": self.options.shown_url,
             "tokenizer": self.tokenizer.fingerprint,
+            "answer_tokens": self.answer_tokens,
         }
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
@@ -85,10 +89,16 @@ class TestedEndpoint:
 
     @cached_property
     def _asked(self) -> EndpointSubject:
-        return EndpointSubject(self.options, tokenizer=self.tokenizer, max_tokens=self.max_tokens)
+        return EndpointSubject(
+            self.options,
+            tokenizer=self.tokenizer,
+            max_tokens=self.max_tokens,
+            answer_tokens=self.answer_tokens,
+        )
 
-    def subject(self) -> AnswersOnly:
+    def subject(self, longest: int) -> AnswersOnly:
         """Whoever asks the server."""
+        del longest
         return AnswersOnly(self._asked)
 
     def report(self) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from l4cli.commands.longcontext_options import haystack_of, needle_format
 from l4cli.commands.needle_options import Request
-from l4cli.data.longcontext.haystack import Haystack
-from l4cli.data.longcontext.needles import format_of
 from l4cli.data.longcontext.sample import Sample
 from l4cli.data.longcontext.tasks import TASKS, make
 from l4cli.evals.needle.grid import GridOptions, Job, plan_jobs
@@ -44,13 +43,16 @@ class SampleMaker:
 
     def __init__(self, request: Request, tokenizer: Tokenizer, reserve: int) -> None:
         self.seed, self.tokenizer, self.reserve = request.seed, tokenizer, reserve
-        self.fmt = format_of(request.needle, request.question, request.keys, request.values)
-        self.haystack = (
-            Haystack.from_files(request.haystack) if request.haystack else Haystack.generated()
-        )
+        self.fmt = needle_format(request.needle, request.question, request.keys, request.values)
+        self.haystack = haystack_of(request.haystack)
+        self._made: dict[str, Sample] = {}
         self.documents = tuple(request.haystack or ())
 
     def __call__(self, job: Job) -> Sample:
+        """The sample; one that was made to look at it is not made again."""
+        return self._made.pop(job.key, None) or self._make(job)
+
+    def _make(self, job: Job) -> Sample:
         return make(
             job.task,
             length=job.length,
@@ -64,13 +66,17 @@ class SampleMaker:
             repeat_keys=True,
         )
 
-    def check(self, jobs: Sequence[Job]) -> None:
+    def check(self, jobs: Sequence[Job]) -> list[Sample]:
         """Make the shortest and the longest text of every task before a model is loaded.
 
         raises: L4Error where the haystack is too short or the length has no room
         """
-        if not jobs:
-            return
-        ends = {min(job.length for job in jobs), max(job.length for job in jobs)}
-        for key in dict.fromkeys((job.task, job.length) for job in jobs if job.length in ends):
-            self(next(job for job in jobs if (job.task, job.length) == key))
+        lengths = [job.length for job in jobs]
+        ends = {min(lengths), max(lengths)} if jobs else set()
+        first: dict[tuple[str, int], Job] = {}
+        for job in jobs:
+            if job.length in ends:
+                first.setdefault((job.task, job.length), job)
+        for job in first.values():
+            self._made[job.key] = self(job)
+        return list(self._made.values())

@@ -6,6 +6,7 @@ in: a checkpoint folder, a tokenizer; out: an `Engine`; raises L4Error saying wh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,21 +15,31 @@ from typing import Any
 import torch
 
 from l4cli import terminal
-from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
+from l4cli.checkpoint import (
+    load_config,
+    load_model,
+    open_weights,
+    require_weights_fit,
+    resolve_checkpoint,
+)
 from l4cli.commands.chat_model import DTYPES, has_chat_template
 from l4cli.commands.needle_options import Request
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.cells import length_text
 from l4cli.evals.needle.engine_subject import EngineSubject, Frame
+from l4cli.evals.needle.layer_subject import LayerSubject
 from l4cli.inference import CacheOptions, Engine
+from l4cli.inference.layer_major import open_streamed
 from l4cli.model import Llama4Config
 from l4cli.planning import available_memory
 from l4cli.planning.reading import Machine, ReadingPlan, plan_reading
 from l4cli.text import Tokenizer, load_tokenizer
 from l4cli.training.device import torch_device
+from l4cli.training.model_setup import apply_overrides
 from l4cli.training.run_record import environment
 
 _SAMPLED_BYTES = 1 << 16  # of each weights file, at both ends
+HIDDEN = ".hidden-states"
 _NO_LIMIT = 1 << 60
 
 
@@ -43,25 +54,56 @@ class TestedModel:
     dtype: str  # auto, fp32, bf16
     kv_dtype: str = "auto"
     is_chat: bool = False
+    layer_major: bool = False
+    scratch: Path | None = None  # where hidden states go that memory does not hold
 
     @classmethod
-    def open(cls, request: Request) -> TestedModel:
-        """Read config and tokenizer. raises: UsageError when there is nothing to test"""
+    def of(cls, request: Request) -> TestedModel:
+        """The model that was asked for. raises: UsageError when there is nothing to test"""
         if request.checkpoint is None:
             why = "no checkpoint was named"
             fix = "`l4 needle-test CHECKPOINT`, or `--dry-run --preset scout` without one"
             raise UsageError("nothing to test", why=why, fix=fix)
-        place = torch_device(request.device.value)
-        folder = resolve_checkpoint(request.checkpoint)
+        return cls.open(
+            request.checkpoint,
+            request.tokenizer,
+            request.device.value,
+            request.dtype.value,
+            request.kv_dtype.value,
+            is_chat=request.chat,
+            overrides=request.set_ or (),
+            layer_major=request.layer_major,
+            scratch=request.out / HIDDEN,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Path,
+        tokenizer: str | None,
+        device: str,
+        dtype: str,
+        kv_dtype: str,
+        *,
+        is_chat: bool = False,
+        overrides: Sequence[str] = (),
+        layer_major: bool = False,
+        scratch: Path | None = None,
+    ) -> TestedModel:
+        """Read config and tokenizer; `overrides`: `key=value` words that change the config."""
+        place = torch_device(device)
+        folder = resolve_checkpoint(checkpoint)
         config = load_config(folder)
-        found = _tokenizer(folder, request.tokenizer)
+        if overrides:
+            config = _changed(config, overrides, folder)
+        found = _tokenizer(folder, tokenizer)
         if found.vocab_size > config.text.vocab_size:
-            named = request.tokenizer or f"in `{folder}`"
+            named = tokenizer or f"in `{folder}`"
             why = f"{found.vocab_size} tokens, and the model knows {config.text.vocab_size}"
             fix = "name the one it was trained with: `--tokenizer`"
             raise L4Error(f"the tokenizer {named} does not fit the model", why=why, fix=fix)
-        kinds = (request.dtype.value, request.kv_dtype.value)
-        return cls(folder, config, found, place, *kinds, request.chat)
+        kinds = (dtype, kv_dtype, is_chat, layer_major, scratch)
+        return cls(folder, config, found, place, *kinds)
 
     @property
     def name(self) -> str:
@@ -70,7 +112,8 @@ class TestedModel:
     @property
     def kind(self) -> str:
         """How it runs, in a few words."""
-        return f"{self.compute_dtype}, {self.device}"
+        way = ", layer by layer" if self.layer_major else ""
+        return f"{self.compute_dtype}, {self.device}{way}"
 
     @property
     def reserve(self) -> int:
@@ -115,7 +158,12 @@ class TestedModel:
         free = available_memory(str(self.device))
         machine = Machine(str(self.device), 1, free, 1.0, 1.0, 1.0)
         return plan_reading(
-            self.config, length, machine, dtype=self.compute_dtype, kv_dtype=self.kv_dtype
+            self.config,
+            length,
+            machine,
+            dtype=self.compute_dtype,
+            kv_dtype=self.kv_dtype,
+            is_layer_major=self.layer_major,
         )
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
@@ -135,20 +183,57 @@ class TestedModel:
                 raise _too_long(plan, fitting)
             fitting = length
 
-    def subject(self) -> EngineSubject:
-        """Load the weights; the engine takes texts of any length."""
-        model = load_model(self.folder, device=self.device, dtype=DTYPES[self.dtype])
-        engine = Engine(
+    def load(self, *, is_streamed: bool = False) -> Engine:
+        """Load the weights, or all but the layers; the engine takes texts of any length."""
+        dtype = DTYPES[self.dtype]
+        if is_streamed:
+            model = open_streamed(self.folder, self.device, dtype, self.config)
+        else:
+            model = load_model(self.folder, device=self.device, dtype=dtype, config=self.config)
+        return Engine(
             model,
             num_token_ids=self.tokenizer.vocab_size,
             max_context=_NO_LIMIT,
             cache_options=CacheOptions(self.kv_dtype),  # type: ignore[arg-type]
         )
-        return EngineSubject(engine, self.tokenizer, is_chat=self.is_chat)
+
+    def subject(self, longest: int) -> EngineSubject:
+        """Load it, to be asked about texts of at most so many tokens."""
+        if not self.layer_major:
+            return EngineSubject(self.load(), self.tokenizer, is_chat=self.is_chat)
+        plan = self.plan(longest)
+        free = available_memory(str(self.device))
+        is_streamed = open_weights(self.folder).size_bytes > free / 2
+        # Half of what is left once a layer is there: the rest of the machine lives on it too.
+        host = available_memory("cpu") - (plan.total_bytes if self.device.type == "cpu" else 0)
+        store: str | Path = "memory"
+        if plan.host_bytes > host / 2:
+            assert self.scratch is not None
+            self.scratch.unlink(missing_ok=True)  # of a test that was killed
+            store = self.scratch
+            size = terminal.bytes_text(plan.host_bytes)
+            terminal.say(f"the states of a text, up to {size}, go to `{store}`")
+        return LayerSubject(
+            self.load(is_streamed=is_streamed),
+            self.tokenizer,
+            hidden_store=store,
+            weights=self.folder if is_streamed else None,
+        )
 
     def report(self) -> dict[str, Any]:
         """What there is to say of the machine afterwards."""
         return {"machine": environment(self.device)}
+
+
+def _changed(config: Llama4Config, overrides: Sequence[str], folder: Path) -> Llama4Config:
+    """Apply `--set`; what gives the weights another shape is no test of them."""
+    changed = apply_overrides(config, overrides)
+    try:
+        require_weights_fit(changed, folder)
+    except L4Error as error:
+        what = f"cannot test `{folder}` with " + " ".join(f"`--set {word}`" for word in overrides)
+        raise UsageError(what, why=error.why, fix="set only what leaves weights alone") from None
+    return changed
 
 
 def _too_long(plan: ReadingPlan, fitting: int | None) -> L4Error:
@@ -162,7 +247,10 @@ def _too_long(plan: ReadingPlan, fitting: int | None) -> L4Error:
     free = text(plan.machine.total_memory_bytes)
     fix = "use a smaller model or a larger machine"
     if fitting is not None:
-        fix = f"ask for `--lengths` up to {length_text(fitting)}, or keep less: `--kv-dtype int4`"
+        fix = (
+            f"ask for `--lengths` up to {length_text(fitting)}, keep less with `--kv-dtype int4`, "
+            "or hold one layer at a time with `--layer-major`"
+        )
     return L4Error(
         f"a text of {length_text(plan.num_tokens)} tokens does not fit this machine",
         why=f"it needs {text(plan.total_bytes)} ({listed}), and {free} is free",

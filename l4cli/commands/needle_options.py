@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l4cli.commands.needle_lists import parse_depths, parse_lengths
-from l4cli.commands.options import Device
+from l4cli.commands.options import DEFAULT_FPS, Device
 from l4cli.errors import UsageError
 
 NLL = "nll"  # not a question about a text, but how likely the text is
@@ -52,12 +52,16 @@ class Request:
     depths: str
     samples: int
     tasks: str
+    frames: str | None
+    hours: str | None
+    fps: float
     haystack: list[str] | None
     needle: str | None
     question: str | None
     keys: str | None
     values: str | None
     tokenizer: str | None
+    set_: list[str] | None
     separate: bool
     chat: bool
     controls: bool
@@ -65,6 +69,7 @@ class Request:
     require: float | None
     dtype: WeightsDtype
     kv_dtype: KvDtype
+    layer_major: bool
     endpoint: str | None
     model: str | None
     api: Api
@@ -72,6 +77,7 @@ class Request:
     jobs: int
     timeout: float
     max_tokens: int | None
+    answer_tokens: int | None
     preset: str | None
     gpus: str | None
     out: Path
@@ -91,6 +97,13 @@ class Request:
         return parse_depths(self.depths)
 
     @cached_property
+    def shows(self) -> bool:
+        """Whether frames or pictures are read instead of texts."""
+        from l4cli.commands.needle_frames import is_shown
+
+        return is_shown(self)
+
+    @cached_property
     def task_list(self) -> tuple[str, ...]:
         """The tasks with a question, `nll` aside. raises: UsageError"""
         from l4cli.data.longcontext.tasks import parse_tasks
@@ -105,13 +118,27 @@ class Request:
 
     def check(self) -> None:
         """Refuse what cannot be meant, before torch is loaded."""
-        self.length_list, self.depth_list, self.task_list  # noqa: B018
+        if self.shows:
+            from l4cli.commands.needle_frames import check
+
+            check(self)
+        else:
+            self.length_list, self.task_list  # noqa: B018
+            if self.fps != DEFAULT_FPS:
+                why, fix = "it is a rate of films", "add `--tasks video`, or leave it out"
+                raise UsageError(f"`--fps {self.fps:g}` given", why=why, fix=fix)
+        self.depth_list  # noqa: B018
         for name, value in (("preset", self.preset), ("gpus", self.gpus)):
             if value is not None and not self.dry_run:
                 why = "it is for planning, and a test needs a checkpoint and this machine"
                 fix = "add `--dry-run`, or leave it out"
                 raise UsageError(f"`--{name} {value}` given", why=why, fix=fix)
         self._check_endpoint()
+        for name, is_given in (("--chat", self.chat), ("--tasks nll", self.wants_nll)):
+            if self.layer_major and is_given:
+                why = "nothing can be written or read on after a reading layer by layer"
+                fix = f"leave out `{name}` or `--layer-major`"
+                raise UsageError(f"`{name}` and `--layer-major` given", why=why, fix=fix)
         if self.preset is not None and self.checkpoint is not None:
             why = "both name a model"
             raise UsageError(f"`{self.checkpoint}` and `--preset` given", why=why, fix="give one")
@@ -129,7 +156,9 @@ class Request:
             "`--dry-run`": self.dry_run,
             "`--chat`": self.chat,
             f"`--kv-dtype {self.kv_dtype}`": self.kv_dtype is not KvDtype.auto,
+            "`--layer-major`": self.layer_major,
             f"`--dtype {self.dtype}`": self.dtype is not WeightsDtype.auto,
+            "`--set`": bool(self.set_),
             "`--tasks nll`": self.wants_nll,
         }
         for name, is_given in others.items():
@@ -152,6 +181,8 @@ class Request:
             "api": None if self.endpoint is None else self.api.value,
             "dtype": self.dtype.value,
             "kv_dtype": self.kv_dtype.value,
+            "layer_major": self.layer_major,
+            "set": self.set_,
             "haystack": self.haystack,
             "haystack_bytes": _num_bytes(self.haystack or []),
             "needle": self.needle,

@@ -59,6 +59,9 @@ def draw(folder: Path, summary: Mapping[str, Any], name: str) -> None:
     where = settings.get("endpoint") or f"weights {settings['weights']}, {settings['dtype']}"
     place = "one needle a text" if settings["separate"] else "all depths in one text"
     place += ", chat format" if settings["chat"] else ""
+    place += f"; with {', '.join(settings['set'])}" if settings["set"] else ""
+    if "endpoint" in summary:
+        place += f"; tokens counted with {summary['endpoint']['tokens_counted_with']}"
     caption = (
         f"Model: {summary['model']} ({where}). "
         f"Haystack: {haystack}. {settings['samples']} texts at each length, seed "

@@ -5,7 +5,7 @@ in: a request; out: the results' folder, events, exit code 1 below `--require`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from l4cli import terminal
@@ -14,6 +14,8 @@ from l4cli.commands import needle_nll as nll
 from l4cli.commands import needle_report as report
 from l4cli.commands.needle_grid import HARD_VARIANTS, SampleMaker, grid_options, jobs_of
 from l4cli.commands.needle_options import NLL, Request
+from l4cli.data.longcontext.sample import Match, Sample
+from l4cli.errors import UsageError
 from l4cli.evals.cells import length_text
 from l4cli.evals.needle import Job, ResultsStore, Role, Subject, run_grid
 from l4cli.evals.needle.cells import collect_cells, outcomes_of
@@ -31,7 +33,9 @@ def run(request: Request) -> None:
     tested.check_lengths(request.length_list)
     maker = SampleMaker(request, tested.tokenizer, tested.reserve)
     jobs = jobs_of(request)
-    maker.check(jobs)
+    samples = maker.check(jobs)
+    if request.layer_major:
+        _require_checked(samples)
     documents = None
     if request.wants_nll:
         longest = request.length_list[-1] - 1  # BOS counts as well
@@ -86,7 +90,7 @@ class Tested(Protocol):
     def facts(self) -> dict[str, Any]: ...
     def check_lengths(self, lengths: tuple[int, ...]) -> None: ...
     def weight(self, length: int) -> float: ...
-    def subject(self) -> Subject: ...
+    def subject(self, longest: int) -> Subject: ...
     def report(self) -> dict[str, Any]: ...
 
 
@@ -97,7 +101,19 @@ def _open(request: Request) -> Tested:
         return TestedEndpoint.open(request)
     from l4cli.commands.needle_model import TestedModel
 
-    return TestedModel.open(request)
+    return TestedModel.of(request)
+
+
+def _require_checked(samples: Sequence[Sample]) -> None:
+    """Nothing can be written after a reading layer by layer. raises: UsageError"""
+    for sample in samples:
+        if any(question.match is not Match.exact for question in sample.questions):
+            raise UsageError(
+                f"cannot test `{sample.task}` with `--layer-major`",
+                why="its answers are written word by word, and after such a reading no layer holds "
+                "what was read",
+                fix="leave out the task or `--layer-major`",
+            )
 
 
 def _read(
@@ -123,7 +139,7 @@ def _read(
     weights = {length: tested.weight(length) for length in request.length_list}
     longest = weights[request.length_list[-1]]
     total = sum(_weight(job, weights) for job in missing) + len(orders) * longest
-    subject = tested.subject()
+    subject = tested.subject(request.length_list[-1])
     try:
         with terminal.progress("reading", total) as bar:
             reader = _Reader(subject, bar, weights, cells.after)

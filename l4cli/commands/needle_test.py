@@ -11,6 +11,8 @@ examples:
   l4 needle-test runs/nano/latest --lengths 1k,4k,...,1m --haystack books/ --require 0.95
   l4 needle-test --endpoint http://127.0.0.1:8000/v1 --model scout --tokenizer tok/
   l4 needle-test --dry-run --preset scout --gpus 8xh100 --lengths 128k,1m,10m
+  l4 needle-test runs/nano/latest --tasks video --frames 8,64,512 --depths 5 --chat
+  l4 needle-test --dry-run --preset scout --gpus 8xh100 --hours 0.1,1,20 --fps 1
 """
 
 from __future__ import annotations
@@ -21,9 +23,27 @@ from typing import Annotated
 import typer
 
 from l4cli import terminal
+from l4cli.commands import training_options as train
+from l4cli.commands.longcontext_options import (
+    HaystackOption,
+    KeysOption,
+    NeedleOption,
+    QuestionOption,
+    ValuesOption,
+)
+from l4cli.commands.needle_frames import DEFAULT_LENGTHS, DEFAULT_TASKS
 from l4cli.commands.needle_options import Api, KvDtype, Request, WeightsDtype
-from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
+from l4cli.commands.options import (
+    DEFAULT_FPS,
+    Device,
+    DeviceOption,
+    Fps,
+    Json,
+    Quiet,
+    Seed,
+)
 
+FRAMES_HELP = "read films of so many frames (`--tasks video`) or so many pictures (`pictures`)"
 REQUIRE_HELP = "exit 1 if a task's mean over all lengths and depths is lower, as in 0.95"
 
 
@@ -32,26 +52,30 @@ def needle_test(
     lengths: Annotated[
         str,
         typer.Option(metavar="LIST", help="in tokens, all included; dots go on by the same factor"),
-    ] = "1k,4k,16k",
+    ] = DEFAULT_LENGTHS,
     depths: Annotated[
         str,
         typer.Option(metavar="N|LIST", help="how many, evenly from 0 to 100 percent, or a list"),
     ] = "11",
     samples: Annotated[int, typer.Option(min=1, help="texts at each length, of other seeds")] = 5,
     tasks: Annotated[
-        str, typer.Option(metavar="LIST", help="what is asked: names, `ruler`, `all`, `nll`")
-    ] = "single",
-    haystack: Annotated[
-        list[str] | None,
-        typer.Option(help="text files, folders or packed shards to hide needles in"),
+        str,
+        typer.Option(metavar="LIST", help="what is asked: names, `ruler`, `all`, `nll`, `video`"),
+    ] = DEFAULT_TASKS,
+    frames: Annotated[str | None, typer.Option(metavar="LIST", help=FRAMES_HELP)] = None,
+    hours: Annotated[
+        str | None, typer.Option(metavar="LIST", help="the same in hours of film, at `--fps`")
     ] = None,
-    needle: Annotated[str | None, typer.Option(help="as in `#{key}={value};`")] = None,
-    question: Annotated[str | None, typer.Option(help="as in `#{key}=`")] = None,
-    keys: Annotated[str | None, typer.Option(help="words, letters:N, digits:N or uuid")] = None,
-    values: Annotated[str | None, typer.Option(help="words, letters:N, digits:N or uuid")] = None,
+    fps: Fps = DEFAULT_FPS,
+    haystack: HaystackOption = None,
+    needle: NeedleOption = None,
+    question: QuestionOption = None,
+    keys: KeysOption = None,
+    values: ValuesOption = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="where the folder has none: a folder, a file or `bytes`")
     ] = None,
+    set_: train.Set = None,
     separate: Annotated[
         bool, typer.Option("--separate", help="read a text of its own for every depth")
     ] = False,
@@ -72,6 +96,10 @@ def needle_test(
     kv_dtype: Annotated[
         KvDtype, typer.Option(help="how layers that see everything keep keys and values")
     ] = KvDtype.auto,
+    layer_major: Annotated[
+        bool,
+        typer.Option("--layer-major", help="hold one layer at a time, for texts beyond memory"),
+    ] = False,
     endpoint: Annotated[
         str | None,
         typer.Option(metavar="URL", help="instead of a checkpoint: an OpenAI-compatible server"),
@@ -94,6 +122,13 @@ def needle_test(
     ] = 300,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="with `--endpoint`: tokens this run may cost in all")
+    ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="with `--endpoint`: room for one answer, thinking included  [default: a sentence]",
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="with `--dry-run`: a shape instead of a checkpoint")
@@ -118,7 +153,11 @@ def needle_test(
     request = Request(**locals())
     terminal.configure(json=json, quiet=quiet)
     request.check()
-    if dry_run:
+    if request.shows:
+        from l4cli.commands import needle_video
+
+        needle_video.run(request)
+    elif dry_run:
         from l4cli.commands import needle_dry_run
 
         needle_dry_run.show(request)

@@ -9,6 +9,7 @@ has an index, what lies between is skipped altogether.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,3 +132,16 @@ class FilmDecoder:
         lasts_s = float(lasts * self.stream.time_base) if lasts else self.frame_s
         self.end_s = max(self.end_s, time_s + lasts_s)
         return time_s
+
+
+def orientation(frame: Any) -> tuple[int, bool]:
+    """Quarter turns against the clock, and whether a mirror follows, that make a frame upright."""
+    for data in frame.side_data:
+        # Older PyAV gives the type as a text.
+        if str(data.type).rpartition(".")[2] == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
+            is_mirrored = a * d < b * c
+            if is_mirrored:
+                a = -a
+            return round(-math.degrees(math.atan2(b, a)) / 90) % 4, is_mirrored
+    return 0, False

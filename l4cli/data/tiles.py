@@ -56,6 +56,8 @@ class FilmTiles:
         self._next = -1  # of no use any more if the decoder fails
         found = [frame_tile(next(self._frames)[1], self.geometry) for _ in range(start, stop)]
         self._next = stop
+        if stop == self.num_tiles:
+            self._frames, self._next = iter(()), -1  # closes the file
         return np.concatenate(found)
 
 

@@ -21,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from l4cli.data.decoding import FilmDecoder
+from l4cli.data.decoding import FilmDecoder, orientation
 from l4cli.data.geometry import PictureGeometry
 from l4cli.data.media import MAX_MEDIA_BYTES, MAX_PIXELS, open_picture, size_on_canvas, tiles_of
 from l4cli.data.resize import resize
@@ -121,7 +121,7 @@ def open_film(source: Path | bytes, sampling: Sampling) -> Film:
         width, height = _size(stream)
         duration_s = _duration_s(container, stream)
     with _opened(source) as (container, stream):  # anew: the packets may have been counted
-        if _rotation(container, stream) % 180:
+        if _lies_on_its_side(container, stream):
             width, height = height, width
     at_rate = max(1, int(np.ceil(duration_s * sampling.fps - _ROUNDING_S)))
     limit = sampling.max_frames
@@ -277,7 +277,8 @@ def _end_s(container: Any, stream: Any) -> float:
     container.seek(start + stream.duration, stream=stream)
     for packet in container.demux(stream):
         if packet.pts is not None:
-            end = max(end, packet.pts - start + (packet.duration or 0))
+            lasts = packet.duration or round(1 / (_rate(stream) * float(stream.time_base)))
+            end = max(end, packet.pts - start + lasts)
     return float(end * stream.time_base)
 
 
@@ -285,10 +286,10 @@ def _rate(stream: Any) -> float:
     return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _rotation(container: Any, stream: Any) -> int:
-    """Degrees to turn the frames by, read from the first of them."""
+def _lies_on_its_side(container: Any, stream: Any) -> bool:
+    """Whether frames are to be turned by a quarter, as the first of them says."""
     for frame, _ in FilmDecoder(container, stream).frames():
-        return int(getattr(frame, "rotation", 0))
+        return orientation(frame)[0] % 2 == 1
     raise _damaged("no frame of it can be decoded")
 
 
@@ -299,5 +300,6 @@ def _picture(frame: Any, decoder: FilmDecoder) -> Image.Image:
     pixels_HWC = decoder.rgb(frame)
     width = max(1, round(frame.width * _pixel_aspect(decoder.stream)))
     pixels_HWC = resize(pixels_HWC, width, frame.height)
-    turns = round(getattr(frame, "rotation", 0) / 90)  # counter-clockwise
-    return Image.fromarray(np.rot90(pixels_HWC, turns))
+    turns, is_mirrored = orientation(frame)
+    upright_HWC = np.rot90(pixels_HWC, turns)
+    return Image.fromarray(upright_HWC[:, ::-1] if is_mirrored else upright_HWC)

@@ -28,7 +28,7 @@ from l4cli import __version__, terminal
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.endpoint_replies import Failure, clean, read_answer, send
 from l4cli.evals.parallel import Stopped
-from l4cli.evals.token_budget import TokenBudget
+from l4cli.evals.token_budget import Promise
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -75,9 +75,9 @@ class Answer:
 class Endpoint:
     """One server and model; `complete` may be called from many threads at once."""
 
-    def __init__(self, options: EndpointOptions, budget: TokenBudget) -> None:
-        self.options, self.budget = options, budget
-        self.num_retries = 0
+    def __init__(self, options: EndpointOptions) -> None:
+        self.options = options
+        self.num_requests, self.num_retries = 0, 0  # answered, and tried again
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json",
@@ -99,35 +99,41 @@ class Endpoint:
         """End waits; requests that have not begun never will."""
         self._stop.set()
 
-    def complete(self, prompt: str, prompt_tokens: int, answer_tokens: int) -> Answer:
+    def complete(self, prompt: str, answer_tokens: int, promise: Promise) -> Answer:
         """Ask for a continuation or an answer of at most `answer_tokens`.
 
         raises: L4Error when it cannot be had, Stopped after `stop`
         """
         with self._slots, self._alone_at_first():
-            tries = 0
-            while True:
-                tries += 1
-                self._wait_until(self._resume_at)
-                promised = self.budget.promise(prompt_tokens, answer_tokens)
-                try:
-                    answer = self._try(prompt, answer_tokens)
-                except Failure as failure:
-                    # Whoever reads the whole prompt and fails then may have counted it.
-                    self.budget.settle(promised, promised if failure.may_be_billed else 0)
-                    if failure.refused and self._go_without(failure.refused):
-                        continue
-                    self._judge(failure, tries)
-                    continue
-                except BaseException:
-                    self.budget.settle(promised, 0)
-                    raise
-                self._settle(answer, promised, prompt_tokens)
-                return answer
+            try:
+                return self._until_answered(prompt, answer_tokens, promise)
+            except L4Error:
+                self.stop()  # before the next in the queue has its turn
+                raise
 
-    def _try(self, prompt: str, answer_tokens: int) -> Answer:
-        request = self.request(prompt, answer_tokens)
-        data = json.dumps(request).encode()
+    def _until_answered(self, prompt: str, answer_tokens: int, promise: Promise) -> Answer:
+        tries = 0
+        while True:
+            tries += 1
+            self._wait_until(self._resume_at)
+            body = self.request(prompt, answer_tokens)
+            try:
+                answer = self._try(body)
+            except Failure as failure:
+                if failure.may_be_billed:  # whoever reads the whole prompt and then fails
+                    promise.charge()
+                if failure.refused in body and self._go_without(failure.refused):
+                    continue
+                self._judge(failure, tries)
+                continue
+            self._has_answered = True
+            with self._lock:
+                self.num_requests += 1
+            promise.spend(answer.prompt_tokens, answer.answer_tokens)
+            return answer
+
+    def _try(self, body: dict[str, Any]) -> Answer:
+        data = json.dumps(body).encode()
         url = self.options.url
         post = urllib.request.Request(url, data, self._headers, method="POST")
         reply = send(self._opener, post, self.options.timeout_s, self.options.api_key)
@@ -168,14 +174,6 @@ class Endpoint:
                 yield
                 return
         yield
-
-    def _settle(self, answer: Answer, promised: int, prompt_tokens: int) -> None:
-        self._has_answered = True
-        used = promised
-        if answer.prompt_tokens is not None:
-            self.budget.learn(prompt_tokens, answer.prompt_tokens)
-            used = answer.prompt_tokens + (answer.answer_tokens or 0)
-        self.budget.settle(promised, used)
 
     def _judge(self, failure: Failure, tries: int) -> None:
         """Plan the next try, or give up. raises: L4Error"""

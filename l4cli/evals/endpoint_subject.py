@@ -36,7 +36,7 @@ class EndpointSubject:
         is_estimated = tokenizer is None or isinstance(tokenizer, EstimatedTokenizer)
         self.tokenizer = tokenizer or EstimatedTokenizer()
         self.budget = TokenBudget(max_tokens, is_exact=not is_estimated)
-        self.endpoint = Endpoint(options, self.budget)
+        self.endpoint = Endpoint(options)
         self.options, self.answer_tokens = options, answer_tokens
         # A completion goes on where the question ends; a chat model answers in a sentence.
         self.speaks_freely = options.api is Api.chat
@@ -45,22 +45,35 @@ class EndpointSubject:
             self.counting = f"the tokenizer `{self.tokenizer.name}`"
 
     def ask(self, sample: Sample) -> list[str]:
-        """Answer the questions of a sample. raises: L4Error when the server cannot be asked"""
+        """Answer the questions of a sample, all or none of them within the budget.
+
+        raises: L4Error when the server cannot be asked, or not any more
+        """
         context = sample.text
-        num_context = self._count(context)
+        num_context = self._count(context) + _FRAME_TOKENS
+        rooms = [self.answer_tokens or self._room(question) for question in sample.questions]
+        promises = self.budget.promise(
+            [
+                (num_context + self._count(question.prompt), room)
+                for question, room in zip(sample.questions, rooms, strict=True)
+            ]
+        )
 
-        def answer(question: Question) -> str:
-            num_prompt = num_context + self._count(question.prompt) + _FRAME_TOKENS
-            room = self.answer_tokens or self._room(question)
-            return self.endpoint.complete(context + question.prompt, num_prompt, room).text
+        def answer(i: int) -> str:
+            prompt = context + sample.questions[i].prompt
+            return self.endpoint.complete(prompt, rooms[i], promises[i]).text
 
-        num_jobs, stop = self.options.num_jobs, self.endpoint.stop
-        return list(in_parallel(answer, sample.questions, num_jobs, on_failure=stop))
+        try:
+            numbers, num_jobs = range(len(rooms)), self.options.num_jobs
+            return list(in_parallel(answer, numbers, num_jobs, on_failure=self.endpoint.stop))
+        finally:
+            for promise in promises:
+                promise.release()
 
     def report(self) -> dict[str, Any]:
         """What the run took, for the summary."""
         return {
-            "num_requests": self.budget.num_requests,
+            "num_requests": self.endpoint.num_requests,
             "num_retries": self.endpoint.num_retries,
             "num_tokens_used": self.budget.num_used,
             "tokens_counted_with": self.counting,

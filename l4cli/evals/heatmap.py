@@ -42,6 +42,7 @@ class Style:
 
     detail: str = "interval"  # below each number: `interval`, `samples` or nothing
     train_length: int | None = None  # marked with a dashed line
+    x_title: str = X_TITLE  # what the lengths count
 
 
 @dataclass(frozen=True)
@@ -216,10 +217,10 @@ class _Page:
         for i in _ticks(len(labels), math.ceil(widest / panel.cell_width)):
             page.text(left + (i + 0.5) * panel.cell_width, y, labels[i], TICK, anchor="mm")
         y += (line_height(TICK) + line_height(AXIS)) / 2 + 1
-        half = text_width(X_TITLE, AXIS) / 2
+        half = text_width(self.style.x_title, AXIS) / 2
         # Centred, unless the grid is narrower than the words.
         centre = max(left + panel.grid_width / 2, left - panel.label_width + half)
-        page.text(centre, y, X_TITLE, AXIS, canvas.GREY, anchor="mm")
+        page.text(centre, y, self.style.x_title, AXIS, canvas.GREY, anchor="mm")
         if self.style.train_length is not None:
             self._draw_mark(page, panel, left, top, self.style.train_length)
 

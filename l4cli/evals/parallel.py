@@ -13,6 +13,8 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
+_GRACE_S = 0.5  # for what is as good as finished when something else fails
+
 
 class Stopped(Exception):
     """Work was given up because other work failed, which has more to say."""
@@ -27,9 +29,9 @@ def in_parallel(
 ) -> Iterator[R]:
     """Give results in the order of the items, as soon as those before them are there.
 
-    The first failure ends the work: `on_failure` is called at once, what is finished by then is
-    still given, gaps and all, and the failure is raised. The threads are daemons, so that Ctrl-C
-    need not wait for answers nobody wants any more.
+    The first failure ends the work: `on_failure` is called at once, what is finished by then, or
+    a moment later, is still given, gaps and all, and the failure is raised. The threads are
+    daemons, so that Ctrl-C need not wait for answers nobody wants any more.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, R] | BaseException | None] = queue.SimpleQueue()
@@ -59,15 +61,20 @@ def in_parallel(
     failure: BaseException | None = None
     try:
         while place < len(items):
-            arrived = done.get()
-            if arrived is None:
-                num_running -= 1
-            elif isinstance(arrived, BaseException):
-                failure = arrived
-            else:
-                held[arrived[0]] = arrived[1]
             # Whatever stopped others is on its way, unless it happened elsewhere.
-            if failure and (num_running == 0 or not isinstance(failure, Stopped)):
+            is_known = failure is not None and not isinstance(failure, Stopped)
+            try:
+                arrived = done.get(timeout=_GRACE_S if is_known else None)
+            except queue.Empty:
+                num_running = 0
+            else:
+                if arrived is None:
+                    num_running -= 1
+                elif not isinstance(arrived, BaseException):
+                    held[arrived[0]] = arrived[1]
+                elif not is_known:
+                    failure = arrived
+            if failure is not None and num_running == 0:
                 for i in sorted(held):
                     yield held.pop(i)
                 raise failure

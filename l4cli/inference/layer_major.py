@@ -22,7 +22,7 @@ from l4cli.inference.cache import chunk_size_of
 from l4cli.inference.kept import CacheOptions
 from l4cli.inference.layer_cache import LayerCache
 from l4cli.inference.questions import Questions
-from l4cli.model import build_model
+from l4cli.model import Llama4Config, build_model
 from l4cli.model.text import TextModel
 from l4cli.ops.batch import Batch
 
@@ -70,9 +70,17 @@ def hidden_states(
         path.unlink(missing_ok=True)
 
 
-def open_streamed(path: Path | str, device: torch.device | str, dtype: torch.dtype | None) -> Any:
-    """A checkpoint's model without its layers: they come one by one while it reads."""
-    model = build_model(load_config(path), device="meta")
+def open_streamed(
+    path: Path | str,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    config: Llama4Config | None = None,
+) -> Any:
+    """A checkpoint's model without its layers: they come one by one while it reads.
+
+    `config`: of the same shape, in place of the checkpoint's own.
+    """
+    model = build_model(config or load_config(path), device="meta")
     load_weights(model, path, device=device, dtype=dtype, only=lambda name: ".layers." not in name)
     model.compute_dtype = _text(model).embed_tokens.weight.dtype
     return model

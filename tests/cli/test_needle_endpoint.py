@@ -16,6 +16,7 @@ GRID = ["--lengths", "512,1k", "--depths", "3", "--samples", "2"]
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def run(url: str, out: Path, *args: object) -> int:
@@ -79,6 +80,19 @@ def test_an_address_and_a_name_are_needed(capsys: pytest.CaptureFixture[str]) ->
     assert "`--endpoint URL`" in capsys.readouterr().err
     assert main(["needle-test", "--endpoint", "ftp://x", "--model", "reader"]) == 2
     assert "no `http://`" in capsys.readouterr().err
+
+
+def test_a_thinking_model_gets_the_room_it_is_given(tmp_path: Path) -> None:
+    """Lengths hold the answer's room, and what an address asks for stays out of reports."""
+    with running() as (url, behaviour):
+        args = ["--answer-tokens", 80, "--tokenizer", "bytes", "--no-controls"]
+        assert run(f"{url}?token=hidden", tmp_path / "report", *args) == 0
+    assert {seen.body["max_tokens"] for seen in behaviour.seen} == {80}
+    lengths = {len(seen.body["messages"][0]["content"]) for seen in behaviour.seen}
+    assert max(lengths) + 80 <= 1024
+    assert max(lengths) + 80 > 1000
+    for path in (tmp_path / "report").iterdir():
+        assert b"hidden" not in path.read_bytes()
 
 
 def test_jobs_go_across_texts_with_one_question_each(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_chat import save_checkpoint
 
 from l4cli.cli import main
+from l4cli.commands import needle_model
 
 NEEDLES = ["--needle", "#{key}={value};", "--question", "#{key}=", "--keys", "letters:3"]
 NEEDLES += ["--values", "digits:2"]
@@ -94,7 +95,7 @@ def test_a_killed_test_keeps_its_texts(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "l4cli", "needle-test", str(model), *map(str, args)]
     results = out / "results.jsonl"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not results.exists() or results.read_bytes().count(b"\n") < 3:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
@@ -263,3 +264,30 @@ def test_nll_reads_files_in_two_orders(
     assert "needs a haystack" in capsys.readouterr().err
     assert run(*args[:-1], "4k", "-o", tmp_path / "short") == 1
     assert "too short for `nll`" in capsys.readouterr().err
+
+
+def test_a_changed_config_is_another_test(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    args = [model, "--lengths", "512", "--depths", "1", "--samples", "1", *NEEDLES, "-o", out]
+    assert run(*args, "--set", "attn_scale=8", "--set", "floor_scale=16") == 0
+    changed = json.loads((out / "summary.json").read_text())
+    assert changed["settings"]["set"] == ["attn_scale=8", "floor_scale=16"]
+    capsys.readouterr()
+    assert run(*args) == 2
+    assert "why: `set` was attn_scale=8,floor_scale=16, now not set" in capsys.readouterr().err
+    assert run(*args, "--set", "hidden_size=64") == 2
+    assert "with `--set hidden_size=64`" in capsys.readouterr().err
+    assert run(*args, "--set", "attn_scal=8") == 2
+    assert "did you mean `attn_scale`?" in capsys.readouterr().err
+
+
+def test_the_changed_config_is_the_one_that_reads(model: Path) -> None:
+    plain = needle_model.TestedModel.open(model, None, "cpu", "auto", "auto").load()
+    sharp = needle_model.TestedModel.open(
+        model, None, "cpu", "auto", "auto", overrides=["attn_scale=8", "floor_scale=16"]
+    ).load()
+    ids = list(range(1, 200))
+    assert sharp.config.text.attn_scale == 8
+    assert (plain.score(ids) - sharp.score(ids)).abs().max() > 1e-4

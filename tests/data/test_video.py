@@ -154,16 +154,19 @@ def test_turned_and_stretched(tmp_path) -> None:
     assert (film.width, film.height) == (128, 48)
     (_, image), *_ = film.frames()
     assert image.size == (128, 48)
-    if not hasattr(av.VideoStream, "set_display_rotation"):
+    if not hasattr(av.video.stream.VideoStream, "set_display_rotation"):
         pytest.skip("this PyAV cannot write a rotation")
-    turned = save_film(tmp_path / "b.mp4", [pixels] * 5, rotation=90)
-    film = open_film(turned, Sampling())
-    assert (film.width, film.height) == (48, 64)
-    (_, image), *_ = film.frames()
-    assert image.size == (48, 64)
-    bright = np.asarray(image)[..., 0] > 100  # a quarter turn against the clock
-    assert bright[40:, :20].all()
-    assert not bright[:28].any()
+    for turns in range(4):
+        for is_mirrored in (False, True):
+            name = tmp_path / f"{turns}{is_mirrored}.mp4"
+            save_film(name, [pixels] * 5, rotation=90 * turns, is_mirrored=is_mirrored)
+            want = np.rot90(pixels[..., 0] > 100, turns)  # against the clock
+            want = want[:, ::-1] if is_mirrored else want
+            film = open_film(name, Sampling())
+            (_, image), *_ = film.frames()
+            assert (film.height, film.width) == image.size[::-1] == want.shape
+            bright = np.asarray(image)[..., 0] > 100
+            assert (bright != want).mean() < 0.05, (turns, is_mirrored)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (640, 48), (20, 300), (5, 5), (1000, 998)])

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 KEY = "sk-test-0123456789"
@@ -65,13 +68,15 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
+    scheme = "http"
+
     def __init__(self, behaviour: Behaviour) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.behaviour = behaviour
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+        return f"{self.scheme}://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is no news."""
@@ -117,8 +122,9 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(401, f"Incorrect API key provided: {given}.", "invalid_api_key")
             return
         time.sleep(behaviour.delay_s)
-        is_chat = self.path.partition("?")[0] == "/v1/chat/completions"
-        if not is_chat and self.path != "/v1/completions":
+        path = urllib.parse.urlsplit(self.path).path  # a proxy gets the whole address
+        is_chat = path == "/v1/chat/completions"
+        if not is_chat and path != "/v1/completions":
             self.fail(404, f"no such path: {self.path}", "not_found")
             return
         if self.body["model"] != "reader":
@@ -243,10 +249,15 @@ def refuses(name: str) -> Failing:
 
 
 @contextmanager
-def running(**options: Any) -> Iterator[tuple[str, Behaviour]]:
+def running(certificate: Path | None = None, **options: Any) -> Iterator[tuple[str, Behaviour]]:
     """A server in this process; its address, and what to change about it."""
     behaviour = Behaviour(**options)
     server = Server(behaviour)
+    if certificate is not None:  # with its key in the same file
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.scheme = "https"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

@@ -6,9 +6,12 @@ import email.utils
 import itertools
 import json
 import re
+import shutil
+import subprocess
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -276,6 +279,15 @@ def test_a_setting_a_server_refuses_is_left_out_and_said(
     assert "may differ" in warning
 
 
+def test_a_refusal_of_what_was_not_asked_for_is_an_error() -> None:
+    error = {"message": "No.", "param": "temperature", "code": "unsupported_value"}
+    body = json.dumps({"error": error}).encode()
+    with running(always=openai_server.says(body, status=400)) as (url, behaviour):
+        with pytest.raises(L4Error, match="the server answers 400: No"):
+            subject(url).ask(sample())
+        assert len(behaviour.seen) == 2
+
+
 def test_newer_servers_get_their_own_name_for_the_limit() -> None:
     asked = sample(2)
     with running(always=openai_server.refuses("max_tokens")) as (url, behaviour):
@@ -331,7 +343,7 @@ def test_the_guard_stops_before_the_limit_whatever_the_servers_vocabulary(
     bytes_per_token: float,
 ) -> None:
     """Estimates may be wrong; one counted answer corrects them, and the limit holds."""
-    asked = sample(40, filler=2)
+    asked = sample(8, filler=2)
     with running(bytes_per_token=bytes_per_token) as (url, _):
         asking = subject(url, max_tokens=60_000, num_jobs=4)
 
@@ -341,9 +353,9 @@ def test_the_guard_stops_before_the_limit_whatever_the_servers_vocabulary(
 
         with pytest.raises(L4Error) as caught:
             ask_for_ever()
-    assert 40_000 < asking.budget.num_used <= 60_000
+    assert 50_000 < asking.budget.num_used <= 60_000
     assert caught.value.what == "stopped before `--max-tokens 60000` was exceeded"
-    assert re.match(r"[45]\d,\d{3} tokens are used", caught.value.why)
+    assert re.match(r"5\d,\d{3} tokens are used, and the next 8 requests", caught.value.why)
     assert "`--max-tokens`" in caught.value.fix
 
 
@@ -352,7 +364,29 @@ def test_the_guard_refuses_a_first_request_that_is_too_large() -> None:
         with pytest.raises(L4Error, match="stopped before") as caught:
             subject(url, max_tokens=1000).ask(sample(1, filler=100))
         assert behaviour.seen == []
-    assert "0 tokens are used by 0 requests" in caught.value.why
+    assert caught.value.why.startswith("0 tokens are used, and the next 1 requests may take ")
+
+
+def test_a_refusal_loses_nothing_that_is_under_way() -> None:
+    """Texts asked at once: all that fit are finished, and those that do not cost nothing."""
+    asked = [sample(4, seed=seed, filler=4) for seed in range(40)]
+    with running(delay_s=0.01) as (url, behaviour):
+        asking = subject(url, max_tokens=20_000, num_jobs=8)
+        finished = []
+        with pytest.raises(L4Error, match="stopped before"):
+            finished.extend(in_parallel(asking.ask, asked, 4))
+    assert 20 > len(finished) > 5
+    assert len(behaviour.seen) == 4 * len(finished)
+    assert 15_000 < asking.budget.num_used <= 20_000
+
+
+def test_retries_that_may_be_billed_end_at_the_limit() -> None:
+    with running(always=openai_server.cut_off) as (url, behaviour):
+        asking = subject(url, max_tokens=5_000, max_tries=100)
+        with pytest.raises(L4Error, match="stopped before"):
+            asking.ask(sample(1))
+    one = asking.budget.num_used / len(behaviour.seen)
+    assert 3 * one <= asking.budget.num_used <= 5_000
 
 
 def test_usage_is_the_servers_own_count() -> None:
@@ -391,6 +425,53 @@ def test_a_given_tokenizer_counts() -> None:
         asking = subject(url, tokenizer=load_tokenizer("bytes"))
         asking.ask(sample(1))
     assert asking.report()["tokens_counted_with"] == "the tokenizer `bytes`"
+
+
+# Ways to the server
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's proxies are, servers of this process are asked directly."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = sample(1)
+    with running() as (url, behaviour):
+        monkeypatch.setenv("http_proxy", url.removesuffix("/v1"))
+        expect_right(asked, subject("http://model.example/v1").ask(asked))
+    assert behaviour.seen[0].path == "http://model.example/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Signed by itself, for 127.0.0.1."""
+    if shutil.which("openssl") is None:
+        pytest.skip("`openssl` is not on this machine")
+    folder = tmp_path_factory.mktemp("certificate")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1"
+    command += " -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out certificate.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    both = folder / "both.pem"
+    both.write_text((folder / "key.pem").read_text() + (folder / "certificate.pem").read_text())
+    return both
+
+
+def test_https_is_spoken_with_those_who_can_be_trusted(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = sample(1)
+    with running(certificate) as (url, behaviour):
+        assert url.startswith("https://")
+        with pytest.raises(L4Error, match="its certificate is not trusted") as caught:
+            subject(url).ask(asked)
+        assert "SSL_CERT_FILE" in caught.value.fix
+        assert behaviour.seen == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        expect_right(asked, subject(url).ask(asked))
 
 
 # Addresses and keys

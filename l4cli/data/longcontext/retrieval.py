@@ -15,7 +15,14 @@ import numpy as np
 from l4cli.data.longcontext.haystack import Haystack
 from l4cli.data.longcontext.needles import NeedleFormat, sentence_format
 from l4cli.data.longcontext.sample import Match, Question, Sample
-from l4cli.data.longcontext.weaving import Setting, Statement, fresh_filler, replace, weave
+from l4cli.data.longcontext.weaving import (
+    Setting,
+    Statement,
+    fresh_filler,
+    odd_filler,
+    replace,
+    weave,
+)
 from l4cli.errors import L4Error
 
 NUM_KEYS = 4  # of `multi-key` and `multi-query`, and values of `multi-value`
@@ -65,7 +72,8 @@ def _with_distractors(setting: Setting, num_distractors: int) -> Sample:
         for key, value, depth in zip(keys, values, depths, strict=False)
     ]
     all_depths = [*depths, *_random_depths(num_distractors, rng)]
-    return _asked(setting, keys, values, all_depths, questions, [[i] for i in range(len(depths))])
+    asked = [[i] for i in range(len(depths))]
+    return asked_sample(setting, keys, values, all_depths, questions, asked)
 
 
 def multi_value(setting: Setting) -> Sample:
@@ -76,7 +84,7 @@ def multi_value(setting: Setting) -> Sample:
     prompt = fmt.ask_many([key]) or fmt.ask(key)
     question = _question_of_many(fmt, prompt, [key] * NUM_KEYS, values)
     depths = _random_depths(NUM_KEYS, rng)
-    return _asked(setting, [key] * NUM_KEYS, values, depths, [question], [[*range(NUM_KEYS)]])
+    return asked_sample(setting, [key] * NUM_KEYS, values, depths, [question], [[*range(NUM_KEYS)]])
 
 
 def multi_query(setting: Setting) -> Sample:
@@ -91,12 +99,12 @@ def multi_query(setting: Setting) -> Sample:
     prompt = fmt.ask_many(keys)
     if prompt is not None:
         question = _question_of_many(fmt, prompt, keys, values)
-        return _asked(setting, keys, values, depths, [question], [[*range(NUM_KEYS)]])
+        return asked_sample(setting, keys, values, depths, [question], [[*range(NUM_KEYS)]])
     questions = [
         Question(fmt.ask(key), (fmt.lead + value,), end=fmt.end)
         for key, value in zip(keys, values, strict=True)
     ]
-    return _asked(setting, keys, values, depths, questions, [[i] for i in range(NUM_KEYS)])
+    return asked_sample(setting, keys, values, depths, questions, [[i] for i in range(NUM_KEYS)])
 
 
 def _question_of_many(
@@ -108,7 +116,7 @@ def _question_of_many(
     return Question(prompt, answers, Match.all, end=fmt.end, between=between)
 
 
-def _asked(
+def asked_sample(
     setting: Setting,
     keys: Sequence[str],
     values: Sequence[str],
@@ -183,7 +191,7 @@ class _Full:
     def sample(self) -> Sample:
         runs, notes = self._fitting_runs()
         left = self.room - sum(map(self.setting.count, runs))
-        rest = self._rest(left)
+        rest = odd_filler(left, self.setting) if left else ""
         pieces = [piece for piece in (self.fmt.intro, rest, runs[0]) if piece]
         places = {}
         for i, run in zip(self.order, runs[1:], strict=True):
@@ -198,16 +206,6 @@ class _Full:
         ]
         task = self.setting.task
         return Sample(task, tuple(pieces), tuple(questions), tuple(without), notes)
-
-    def _rest(self, num_tokens: int) -> str:
-        """Filler for what is left, which no needle fits into; a line of its own if it can be."""
-        haystack = Haystack(self.setting.haystack.source, repeat=True)
-        if self.fmt.is_sentence and num_tokens > 1:
-            filler = haystack.filler(num_tokens, self.setting.tokenizer, self.rng)
-            line = filler.take(num_tokens - 1) + "\n"
-            if self.setting.count(line) == num_tokens:
-                return line
-        return haystack.take(num_tokens, self.setting.tokenizer, self.rng)
 
     def _fitting_runs(self) -> tuple[list[str], dict[str, str]]:
         """Write as many needles as fit, in runs before, between and after those asked for."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from l4cli.data.encoding import FrameBuilder, Part
 from l4cli.data.frame import Frame
-from l4cli.data.longcontext import lessons
+from l4cli.data.longcontext import lessons, sample_lessons
 from l4cli.data.longcontext.haystack import Haystack
 from l4cli.data.longcontext.lessons import Draft, Lesson
 from l4cli.data.longcontext.needles import NeedleFormat, sentence_format
@@ -33,6 +33,9 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "retrieval": Kind("values beside keys, among text or among other needles", lessons.retrieval),
+    "tracking": Kind("variables that get their value from others", sample_lessons.tracking),
+    "aggregation": Kind("the most common words of a list", sample_lessons.aggregation),
+    "aliases": Kind("keys asked for under another name", sample_lessons.aliases),
     "copies": Kind("a long passage, said again", lessons.copies),
 }
 

@@ -186,3 +186,12 @@ def fresh_filler(setting: Setting, num_tokens: int) -> Filler:
     """Filler from another place of the same haystack, which may begin again."""
     haystack = Haystack(setting.haystack.source, repeat=True)
     return haystack.filler(num_tokens, setting.tokenizer, setting.rng)
+
+
+def odd_filler(num_tokens: int, setting: Setting) -> str:
+    """Filler for the tokens that are left over: a line of its own, if it can be one."""
+    filler = fresh_filler(setting, num_tokens)
+    line = filler.take(num_tokens - 1) + "\n"
+    if setting.count(line) == num_tokens:
+        return line
+    return fresh_filler(setting, num_tokens).take(num_tokens)

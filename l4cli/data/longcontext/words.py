@@ -61,12 +61,6 @@ NOUNS = _words(
     window winter wolf wood writer yard zebra
     """
 )
-PLACES = _words(
-    """
-    harbor market library station garden museum bakery chapel square theater bridge school mill
-    workshop orchard castle courtyard lighthouse stable tavern
-    """
-)
 # In the past tense; they take an object.
 VERBS = _words(
     """

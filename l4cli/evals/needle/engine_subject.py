@@ -65,40 +65,52 @@ class EngineSubject:
     def read(self, sample: Sample) -> Reading:
         """Read the text, then ask each question on a fork of what was read."""
         ids, offsets = sample.encode(self.tokenizer)
-        num_before = len(self.frame.before)
         context = np.concatenate([self.frame.before, ids])
         cache = None
         if len(context):  # nothing, where a question stands alone and there is no BOS
             cache = self.engine.prefill(context, on_progress=self.on_progress)
-        exact = [q for q in sample.questions if self._is_checked(q)]
-        free = [q for q in sample.questions if not self._is_checked(q)]
-        answers = dict(zip(map(id, exact), self._check(cache, exact), strict=True))
-        answers |= dict(zip(map(id, free), self._write(cache, free), strict=True))
+        answers = self.answers(cache, sample.questions)
+        return self.reading(sample, answers, len(context), offsets)
+
+    def reading(
+        self, sample: Sample, answers: list[str], num_context: int, offsets: np.ndarray
+    ) -> Reading:
+        """Answers, with what was read for them and how the evidence lay in it."""
+        num_before = len(self.frame.before)
         return Reading(
-            [answers[id(question)] for question in sample.questions],
-            len(context) + max(map(self._num_asked, sample.questions)),
+            answers,
+            num_context + max(map(self.num_asked, sample.questions)),
             [
                 straddles(question, offsets, num_before, self.chunk_size)
                 for question in sample.questions
             ],
         )
 
-    def _is_checked(self, question: Question) -> bool:
+    def answers(self, cache: Cache | None, questions: Sequence[Question]) -> list[str]:
+        """Answer questions about what was read."""
+        exact = [q for q in questions if self.is_checked(q)]
+        free = [q for q in questions if not self.is_checked(q)]
+        answers = dict(zip(map(id, exact), self._check(cache, exact), strict=True))
+        answers |= dict(zip(map(id, free), self._write(cache, free), strict=True))
+        return [answers[id(question)] for question in questions]
+
+    def is_checked(self, question: Question) -> bool:
         """Whether one pass over question and answer tells: no free speech, one right answer."""
         return question.match is Match.exact and not self.speaks_freely
 
-    def _num_asked(self, question: Question) -> int:
+    def num_asked(self, question: Question) -> int:
         """Tokens of a question and of a right answer."""
         return question.num_tokens(self.tokenizer) + len(self.frame.after)
 
-    def _asked(self, question: Question) -> np.ndarray:
+    def asked(self, question: Question) -> np.ndarray:
+        """Ids of a question and of what stands between it and the answer."""
         return np.concatenate([self.tokenizer.encode(question.prompt), self.frame.after])
 
     def _check(self, cache: Cache | None, questions: Sequence[Question]) -> list[str]:
         """For each the reference if greedy decoding writes it, else what it writes instead."""
         if not questions:
             return []
-        asked = [self._asked(question) for question in questions]
+        asked = [self.asked(question) for question in questions]
         expected = [self.tokenizer.encode(question.answers[0]) for question in questions]
         if cache is not None:
             pairs = zip(asked, expected, strict=True)
@@ -138,7 +150,7 @@ class EngineSubject:
     def _write(self, cache: Cache | None, questions: Sequence[Question]) -> list[str]:
         """Free answers, greedily."""
         rooms = [self._room(question) for question in questions]
-        return self._generate(cache, [self._asked(question) for question in questions], rooms)
+        return self._generate(cache, [self.asked(question) for question in questions], rooms)
 
     def _room(self, question: Question) -> int:
         """Tokens an answer may take: twice what is right, and in a conversation a sentence more."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from longtexts import NAMES, tokenizer_of
+from solvers import SOLVERS
 
 from l4cli.data.geometry import PictureGeometry
 from l4cli.data.longcontext.haystack import Haystack
@@ -149,3 +150,23 @@ def test_lists_of_kinds():
     with pytest.raises(UsageError) as caught:
         parse_kinds("copes")
     assert "copies" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("tracking", "tracking"), ("aggregation", "common-words"), ("aliases", "aliases-taught")],
+)
+def test_answers_of_other_kinds_are_found_in_the_text(kind: str, task: str, name: str):
+    made = documents(kind, name, sentence_format(), length=1500)
+    num_asked = []
+    for ids, mask in itertools.islice(made, 15):
+        assert len(ids) == 1500
+        parts = parts_of(ids, mask, name)
+        num_asked.append(len(parts) // 2)
+        context, _, first = parts[0][0].rpartition("\n")  # a question begins a line
+        for prompt, answer in zip([first, *(p for p, _ in parts[2::2])], parts[1::2], strict=False):
+            found = SOLVERS[task](context, prompt)
+            said = answer[0].strip().removesuffix(".").split(", ")
+            assert sorted(found[: len(said)]) == sorted(said)
+    assert max(num_asked) > (1 if kind != "aggregation" else 0)
