@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +22,7 @@ from l4cli.errors import L4Error
 from l4cli.inference.cache import Cache, CacheBatch
 from l4cli.inference.kept import CacheOptions
 from l4cli.inference.layer_major import Progress, hidden_states, read_layer_major
+from l4cli.inference.pieces import as_ids, check_ids, groups_of, prefill_pieces
 from l4cli.inference.questions import Questions
 from l4cli.inference.sampler import Sampler, SamplingOptions
 from l4cli.model import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration
@@ -169,7 +169,7 @@ class Engine:
         `on_progress` hears how many are read; if it raises, the cache holds exactly those.
         """
         cache = cache or self.new_cache()
-        ids = _as_ids(tokens)
+        ids = as_ids(tokens)
         needs = 1 if routing is None else None  # whose choices are noted goes through all layers
         for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, routing, needs):
             if rows.stop == len(ids):
@@ -191,7 +191,7 @@ class Engine:
 
         shapes: n tokens -> [n - 1]; [n] after a cache, whose logits tell of the first
         """
-        ids = _as_ids(tokens)
+        ids = as_ids(tokens)
         parts = []
         if cache is not None and cache.logits_V is not None:
             parts.append(cache.logits_V.log_softmax(-1)[ids[:1].to(self.device)])
@@ -219,12 +219,12 @@ class Engine:
         shapes: -> for each of n ids, their log-probabilities [n] fp32 and the likeliest ids [n]
         """
         assert cache.logits_V is not None, "the cache has read nothing"
-        all_ids = [_as_ids(tokens) for tokens in continuations]
+        all_ids = [as_ids(tokens) for tokens in continuations]
         for ids in all_ids:
-            _check_ids(ids, self.config.text.vocab_size)
+            check_ids(ids, self.config.text.vocab_size)
             self.check_context(cache.num_tokens + len(ids))
         results = []
-        for group in _groups([len(ids) for ids in all_ids], self.prefill_chunk):
+        for group in groups_of([len(ids) for ids in all_ids], self.prefill_chunk):
             results += self._score_group(cache, all_ids[group])
         return results
 
@@ -245,11 +245,11 @@ class Engine:
         `hidden_store`: "memory", or a file to be made for the states of all tokens; `weights`: a
         checkpoint to bring layers in from, one by one, when the model came without them.
         """
-        ids, all_ids = _as_ids(tokens), [_as_ids(question) for question in questions]
+        ids, all_ids = as_ids(tokens), [as_ids(question) for question in questions]
         longest = max([0, *(len(question) for question in all_ids)])
         self.check_context(len(ids) + longest)
         for some in (ids, *all_ids):
-            _check_ids(some, self.config.text.vocab_size)
+            check_ids(some, self.config.text.vocab_size)
         assert len(ids), "there is no text to read"
         if not longest:
             return [(torch.empty(0), torch.empty(0, dtype=torch.int64)) for _ in all_ids]
@@ -277,7 +277,7 @@ class Engine:
         self, ids_T: Tensor, pixel_values: Tensor | None, chunk_size: int
     ) -> Iterator[tuple[slice, Tensor]]:
         """Embeddings, pictures among them, piece by piece. shapes: -> rows, h_TD"""
-        for rows, tiles in _prefill_pieces(ids_T, pixel_values, self.config, chunk_size):
+        for rows, tiles in prefill_pieces(ids_T, pixel_values, self.config, chunk_size):
             pixels = None
             if pixel_values is not None and tiles.stop > tiles.start:
                 pixels = pixel_values[tiles].to(self.device)
@@ -383,10 +383,10 @@ class Engine:
 
         `num_needed`: of how many tokens at the very end states are wanted; None: of all.
         """
-        _check_ids(ids_T, self.config.text.vocab_size)
+        check_ids(ids_T, self.config.text.vocab_size)
         self.check_context(cache.num_tokens + len(ids_T))
         size = chunk_size or self.prefill_chunk
-        pieces = _prefill_pieces(ids_T, pixel_values, self.config, size)
+        pieces = prefill_pieces(ids_T, pixel_values, self.config, size)
         cache.logits_V = None
         for rows, tiles in pieces:
             ids_1T = ids_T[None, rows].to(self.device)
@@ -410,19 +410,6 @@ def _judge(logits_TV: Tensor, ids_T: Tensor, never: Tensor) -> tuple[Tensor, Ten
     return logprobs_T, logits_TV.index_fill(-1, never, -torch.inf).argmax(-1)
 
 
-def _groups(lengths: list[int], most: int) -> list[slice]:
-    """Neighbours that together have about `most` tokens."""
-    groups, start, total = [], 0, 0
-    for i, length in enumerate(lengths):
-        if i > start and total + length > most:
-            groups.append(slice(start, i))
-            start, total = i, 0
-        total += length
-    if start < len(lengths):
-        groups.append(slice(start, len(lengths)))
-    return groups
-
-
 def _never_chosen(config: Llama4Config, num_token_ids: int | None) -> Tensor:
     """Ids that no answer may hold: padding rows, and the placeholder that stands for pixels."""
     vocab_size = config.text.vocab_size
@@ -430,62 +417,3 @@ def _never_chosen(config: Llama4Config, num_token_ids: int | None) -> Tensor:
     if config.vision is not None and config.image_token_index not in ids:
         ids.append(config.image_token_index)
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def _as_ids(tokens: Any) -> Tensor:
-    """Ids as int64, from a list, an array of any integer type or a tensor."""
-    if isinstance(tokens, Tensor):
-        return tokens.to("cpu", torch.int64)
-    return torch.from_numpy(np.asarray(tokens, dtype=np.int64))
-
-
-def _check_ids(ids_T: Tensor, vocab_size: int) -> None:
-    outside = ids_T[(ids_T < 0) | (ids_T >= vocab_size)]
-    if len(outside):
-        why = f"token id {int(outside[0])} is outside the vocabulary of {vocab_size}"
-        fix = "use the tokenizer in the checkpoint's folder"
-        raise L4Error("cannot read these tokens", why=why, fix=fix)
-
-
-def _prefill_pieces(
-    ids_T: Tensor, pixel_values: Tensor | None, config: Llama4Config, chunk_size: int
-) -> list[tuple[slice, slice]]:
-    """Cut a prompt into pieces of about `chunk_size`, each with the tiles that lie in it whole.
-
-    A tile is encoded once, with the piece it is in, so pieces end before or after its run.
-    """
-    assert chunk_size > 0
-    placeholders, per_tile = _placeholders(ids_T, pixel_values, config)
-    pieces = []
-    start = first_tile = 0
-    while start < len(ids_T):
-        end = min(start + chunk_size, len(ids_T))
-        last_tile, inside = divmod(int(torch.searchsorted(placeholders, end)), per_tile)
-        if inside:
-            end = int(placeholders[last_tile * per_tile])
-            if end <= start:  # a tile longer than a piece is read whole
-                last_tile += 1
-                end = int(placeholders[last_tile * per_tile - 1]) + 1
-        pieces.append((slice(start, end), slice(first_tile, last_tile)))
-        start, first_tile = end, last_tile
-    return pieces
-
-
-def _placeholders(
-    ids_T: Tensor, pixel_values: Tensor | None, config: Llama4Config
-) -> tuple[Tensor, int]:
-    """Where picture features go, and how many a tile has. raises: L4Error if they do not match"""
-    num_tiles = 0 if pixel_values is None else len(pixel_values)
-    what = "pictures do not match the text"
-    if config.vision is None:
-        if num_tiles:
-            fix = "use a checkpoint with vision, or leave the pictures out"
-            raise L4Error(what, why="the model has no picture encoder", fix=fix)
-        return ids_T.new_empty(0), 1
-    placeholders = (ids_T == config.image_token_index).nonzero().flatten()
-    per_tile = config.vision.tokens_per_tile
-    if num_tiles * per_tile != len(placeholders):
-        why = f"{num_tiles} tiles of {per_tile} tokens for {len(placeholders)} placeholder tokens"
-        fix = "give as many tiles as the text has placeholders for"
-        raise L4Error(what, why=why, fix=fix)
-    return placeholders, per_tile
