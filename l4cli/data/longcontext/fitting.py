@@ -13,6 +13,7 @@ from l4cli.data.longcontext.weaving import Setting, fresh_filler, odd_filler, re
 
 _MAX_TRIES = 32
 _FIRST_UNITS = 8
+_SLACK = 1e-4  # of a long text, which filler may take: the last units cost many tries
 
 
 @dataclass
@@ -80,7 +81,7 @@ def _largest(
         else:
             mean = (size - low_size) / (number - low)
             high, high_size = number, size
-        if mean > 0 and room - low_size < mean:  # none fits any more
+        if mean > 0 and room - low_size < max(mean, room * _SLACK):  # none fits, or hardly any
             break
         step = int((room - low_size) / mean) if mean > 0 else 1
         number = min(low + max(1, step), high - 1)

@@ -30,10 +30,9 @@ def code(setting: Setting) -> Sample:
         inner = np.random.default_rng(seed)
         names = distinct_names(count, inner, modules)
         files: list[str] = []
-        while names:
+        while len(files) < len(names):
             size = int(inner.integers(1, NUM_FILES + 2))
-            group, names = names[:size], names[size:]
-            files += _chain(group, inner)[0]
+            files += _chain(names[len(files) : len(files) + size], inner)[0]
         files += chain
         order = inner.permutation(len(files)).tolist()
         places = [order.index(len(files) - NUM_FILES + i) for i in range(NUM_FILES)]
