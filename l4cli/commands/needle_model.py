@@ -55,6 +55,7 @@ class TestedModel:
     kv_dtype: str = "auto"
     is_chat: bool = False
     layer_major: bool = False
+    sparse_topk: int = 0
     scratch: Path | None = None  # where hidden states go that memory does not hold
 
     @classmethod
@@ -73,6 +74,7 @@ class TestedModel:
             is_chat=request.chat,
             overrides=request.set_ or (),
             layer_major=request.layer_major,
+            sparse_topk=request.sparse_topk,
             scratch=request.out / HIDDEN,
         )
 
@@ -88,6 +90,7 @@ class TestedModel:
         is_chat: bool = False,
         overrides: Sequence[str] = (),
         layer_major: bool = False,
+        sparse_topk: int = 0,
         scratch: Path | None = None,
     ) -> TestedModel:
         """Read config and tokenizer; `overrides`: `key=value` words that change the config."""
@@ -102,7 +105,7 @@ class TestedModel:
             why = f"{found.vocab_size} tokens, and the model knows {config.text.vocab_size}"
             fix = "name the one it was trained with: `--tokenizer`"
             raise L4Error(f"the tokenizer {named} does not fit the model", why=why, fix=fix)
-        kinds = (dtype, kv_dtype, is_chat, layer_major, scratch)
+        kinds = (dtype, kv_dtype, is_chat, layer_major, sparse_topk, scratch)
         return cls(folder, config, found, place, *kinds)
 
     @property
@@ -194,7 +197,7 @@ class TestedModel:
             model,
             num_token_ids=self.tokenizer.vocab_size,
             max_context=_NO_LIMIT,
-            cache_options=CacheOptions(self.kv_dtype),  # type: ignore[arg-type]
+            cache_options=CacheOptions(self.kv_dtype, self.sparse_topk),  # type: ignore[arg-type]
         )
 
     def subject(self, longest: int) -> EngineSubject:

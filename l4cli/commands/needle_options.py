@@ -70,6 +70,7 @@ class Request:
     dtype: WeightsDtype
     kv_dtype: KvDtype
     layer_major: bool
+    sparse_topk: int
     endpoint: str | None
     model: str | None
     api: Api
@@ -157,6 +158,7 @@ class Request:
             "`--chat`": self.chat,
             f"`--kv-dtype {self.kv_dtype}`": self.kv_dtype is not KvDtype.auto,
             "`--layer-major`": self.layer_major,
+            f"`--sparse-topk {self.sparse_topk}`": self.sparse_topk > 0,
             f"`--dtype {self.dtype}`": self.dtype is not WeightsDtype.auto,
             "`--set`": bool(self.set_),
             "`--tasks nll`": self.wants_nll,
@@ -182,6 +184,7 @@ class Request:
             "dtype": self.dtype.value,
             "kv_dtype": self.kv_dtype.value,
             "layer_major": self.layer_major,
+            "sparse_topk": self.sparse_topk,
             "set": self.set_,
             "haystack": self.haystack,
             "haystack_bytes": _num_bytes(self.haystack or []),

@@ -117,6 +117,11 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
             f"effective length: {ruler} (RULER: mean at least {found['ruler_threshold']:g}), "
             f"{nolima} (NoLiMa: at least 0.85 of the base score {found['nolima_base_score']:.3f})"
         )
+    for length, recall in summary.get("sparse_recall", {}).items():
+        lines.append(
+            f"sparse reading at {length_text(int(length))} holds {recall['mean']:.4f} of exact "
+            f"attention, in no text's layer less than {recall['least']:.4f}"
+        )
     apart = summary["straddled"]
     if apart["num_straddled"]:
         lines.append(

@@ -100,6 +100,12 @@ def needle_test(
         bool,
         typer.Option("--layer-major", help="hold one layer at a time, for texts beyond memory"),
     ] = False,
+    sparse_topk: Annotated[
+        int,
+        typer.Option(
+            min=0, help="pages of 32 tokens that a query reads where it sees all; 0: every one"
+        ),
+    ] = 0,
     endpoint: Annotated[
         str | None,
         typer.Option(metavar="URL", help="instead of a checkpoint: an OpenAI-compatible server"),

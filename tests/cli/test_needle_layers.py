@@ -102,3 +102,15 @@ def test_scout_reads_ten_million_tokens_on_one_gpu(capsys: pytest.CaptureFixture
     # One such layer's keys and values, 4096 bytes a token, and one chunk; states of 5120 in bf16.
     assert layers["bytes_kv"] == 4096 * (10 << 20) + 4096 * 8192
     assert layers["bytes_host"] == (10 << 20) * 5120 * 2
+
+
+def test_sparse_reading_says_what_it_left_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    call = ["needle-test", str(model), "--lengths", "20k", "--depths", "1", "--samples", "1"]
+    call += ["--no-controls", "--sparse-topk", "8", *NEEDLES, "--values", "digits:2"]
+    assert main([*call, "-o", str(out)]) == 0
+    recall = json.loads((out / "summary.json").read_text())["sparse_recall"]["20480"]
+    assert 0 < recall["least"] <= recall["mean"] < 1  # a random model attends everywhere
+    assert "sparse reading at 20k holds 0." in capsys.readouterr().out

@@ -9,7 +9,7 @@ the likeliest one after those before it, which is what greedy decoding would wri
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,7 +70,11 @@ class EngineSubject:
         if len(context):  # nothing, where a question stands alone and there is no BOS
             cache = self.engine.prefill(context, on_progress=self.on_progress)
         answers = self.answers(cache, sample.questions)
-        return self.reading(sample, answers, len(context), offsets)
+        reading = self.reading(sample, answers, len(context), offsets)
+        if cache is None or not cache.recall:
+            return reading
+        recall = {str(i): round(found.mean, 6) for i, found in cache.recall.items()}
+        return replace(reading, sparse_recall=recall)
 
     def reading(
         self, sample: Sample, answers: list[str], num_context: int, offsets: np.ndarray

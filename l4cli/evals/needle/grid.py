@@ -192,6 +192,7 @@ def _record(job: Job, sample: Sample, reading: Reading, speaks_freely: bool) -> 
                 "expected": [text[:MAX_ANSWER_CHARS] for text in question.answers],
             }
         )
+    recall = {"sparse_recall": reading.sparse_recall} if reading.sparse_recall else {}
     return {
         "key": job.key,
         "role": job.role.value,
@@ -199,5 +200,6 @@ def _record(job: Job, sample: Sample, reading: Reading, speaks_freely: bool) -> 
         "length": job.length,
         "sample": job.sample,
         "num_tokens": reading.num_tokens,
+        **recall,
         "answers": answers,
     }

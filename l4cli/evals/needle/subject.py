@@ -22,6 +22,8 @@ class Reading:
     num_tokens: int | None  # the text, its longest question and answer; None: nobody counted
     # Whether the question's evidence lies across a border of chunks; None: nobody knows.
     is_straddled: list[bool | None]
+    # By layer, the share of exact attention that was read; None: all of it.
+    sparse_recall: dict[str, float] | None = None
 
 
 class Subject(Protocol):

@@ -52,6 +52,8 @@ def summarize(
         "cells": [cell.as_event() for cell in collect_cells(tested)],
         "controls": controls(outcomes, options, hard_variants),
     }
+    if recall := sparse_recall(records):
+        summary["sparse_recall"] = recall
     if by_length:
         rising, falling = effective_length.weighted_averages(by_length)
         summary["weighted_average"] = {
@@ -59,6 +61,15 @@ def summarize(
             "decreasing": round(falling, 6),
         }
     return summary
+
+
+def sparse_recall(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By length, the mean share of exact attention that sparse reading held, and the least."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if "sparse_recall" in record and record["role"] == Role.test:
+            found.setdefault(str(record["length"]), []).extend(record["sparse_recall"].values())
+    return {n: {"mean": sum(v) / len(v), "least": min(v)} for n, v in found.items()}
 
 
 def means_by_length(outcomes: Sequence[Outcome]) -> dict[int, float]:
