@@ -49,7 +49,8 @@ def describe_run(run: RunFolder) -> dict[str, Any]:
     latest = run.latest()
     return {
         "steps": run.steps(),
-        "latest": None if latest is None else latest.name,
+        # A folder of stages points into one of them.
+        "latest": None if latest is None else latest.relative_to(run.path).as_posix(),
         "locked_by": run.owner(),
     }
 

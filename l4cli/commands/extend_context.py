@@ -6,6 +6,12 @@ streams are packed to each stage's length, long documents apart from short ones.
 changed to stretch the model stands in its `config.json`. The same command again continues where
 it was cut off; `OUT/latest` is the last checkpoint.
 
+Documents can be made as well: needles and other lessons (`--synthetic`), or questions that a
+model writes about passages of the streams (`--synthetic-from`), kept when it answers them with
+the passage and not without. `--mix-schedule FILE` gives every stage its own shares: a table
+`[data]` of names and streams, then `[stages.1]`, `[stages.2]`, ... of names (and `synthetic`) and
+shares.
+
 examples:
   l4 extend-context runs/nano/latest books.tokens --stages 2k:5M,8k:20M -o runs/nano-8k
   l4 extend-context runs/nano books.tokens:0.8 code.tokens:0.2 --stages 8k:20M --floor-scale 512

@@ -19,12 +19,14 @@ from l4cli.commands.extend_mix import Mix
 from l4cli.commands.extend_questions import Writer
 from l4cli.commands.extend_supply import Demands, Supply
 from l4cli.commands.extend_synthetic import Synthetic
+from l4cli.errors import L4Error
 from l4cli.training.stages import Changes, Stage
 
 if TYPE_CHECKING:
     import torch
 
     from l4cli.model import Llama4Config
+    from l4cli.planning import TrainingPlan
     from l4cli.training.continuation import Origin
     from l4cli.training.run import Run
     from l4cli.training.schedule import Schedule
@@ -185,13 +187,32 @@ def _prepare(job: Job, shape: Shape, supply: Supply, device: torch.device) -> Re
     )
     data_setup.require_geometry(config, source.datasets)
     plan = shared.plan_run(
-        shape.recipe, config, source, device, name=str(job.checkpoint), must_fit=True
+        shape.recipe, config, source, device, name=str(job.checkpoint), must_fit=False
     )
+    _require_fits(stage, shape.recipe, plan)
     held_out = None
     if job.eval_data is not None:
         held_out = data_setup.open_held_out(job.eval_data, source, config)
     prepared = shared.Prepared(source, held_out, config, shape.schedule, plan, device)
     return Ready(shape.wanted, shape.recipe, prepared, specs)
+
+
+def _require_fits(stage: Stage, recipe: shared.Recipe, plan: TrainingPlan) -> None:
+    """raises: L4Error naming what is largest, and what makes it smaller"""
+    if plan.fits:
+        return
+    text = terminal.bytes_text
+    parts = sorted(plan.bytes_by_class.items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {text(size)}" for name, size in parts)
+    fix = "use a shorter stage, a smaller model or a larger machine"
+    if parts[0][0] == "activations" and not recipe.activation_checkpointing:
+        fix = "add `--activation-checkpointing`"
+    raise L4Error(
+        f"stage {stage.number} does not fit this machine",
+        why=f"rows of {stage.seq_len} need {text(plan.total_bytes)} ({listed}), and "
+        f"{text(plan.available_bytes)} is free",
+        fix=fix,
+    )
 
 
 def _train(job: Job, ready: Ready, start: Path, origin: Origin) -> Path:

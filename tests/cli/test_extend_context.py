@@ -54,6 +54,8 @@ def test_stages_follow_each_other_and_latest_is_the_last(
     assert "stage 1 is finished" in captured.err
     assert "packing" not in captured.err
     assert weights_of(out) == before
+    assert main(["info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["latest"] == "stage-2-256/step-000004"
     # A further stage begins where the last one ended.
     more = ["--stages", "128:1536,256:2048,512:1024", "-q"]
     assert extend(start, out, *more) == 0
@@ -175,6 +177,18 @@ def test_dry_run_shows_every_stage_and_writes_nothing(
     assert [(p["stage"], p["seq_len"], p["num_steps"]) for p in plans] == [(1, 128, 3), (2, 256, 4)]
     assert all(p["fits"] and p["bytes_total"] > 0 and p["time_s"] > 0 for p in plans)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_beyond_memory_is_refused_before_any_is_trained(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = ["--stages", "128:1536,16m:16M", "--long-fraction", "0", "-q"]
+    assert extend(start, tmp_path / "run", *long, "--no-activation-checkpointing") == 1
+    error = only_error(capsys)
+    assert "stage 2 does not fit this machine" in error
+    assert "rows of 16777216 need" in error
+    assert "add `--activation-checkpointing`" in error
+    assert not (tmp_path / "run" / "stage-1-128").exists()
 
 
 @pytest.mark.parametrize(
