@@ -115,13 +115,13 @@ control() {
     job learn-control learn control control 0 100
     job ask-control ask control 512 control
     base='"use_qk_norm": false, "rope_theta"'
-    trained='"original_max_position_embeddings": 512'
+    original='"original_max_position_embeddings": 512'
     job ask-control-pi ask control 512 control-pi --no-controls --set \
         "full_rope={$base: 10000.0, \"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 128.0}}"
     # NTK: the base times 128^(64 / 62).
     job ask-control-ntk ask control 512 control-ntk --no-controls --set "full_rope={$base: 1496871.4}"
     job ask-control-yarn ask control 512 control-yarn --no-controls --set \
-        "full_rope={$base: 10000.0, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 128.0, $trained}}"
+        "full_rope={$base: 10000.0, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 128.0, $original}}"
     say "control with RoPE in every layer: trained on 512 tokens and asked"
     job extend-control extend control 0 100 --rope-scaling yarn:128 --rope-scope full
     job ask-control-4k ask control 4k control-yarn-extended --no-controls
