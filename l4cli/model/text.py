@@ -252,12 +252,14 @@ class TextModel(nn.Module):
             layers = [i for i in range(config.num_hidden_layers) if config.uses_rope(i)]
             kinds = [RopeOptions(config.rope_theta, config.rope_scaling, config.use_qk_norm)]
             kinds += [r for r in map(config.rope_of, layers) if r != kinds[0]][:1]
-            self.frequencies = []
+            found = []
             for rope in kinds:
                 inverse = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
                 # A norm after the turn cancels its length, as in transformers.
                 length = 1.0 if rope.use_qk_norm else attention_factor(rope.scaling)
-                self.frequencies.append((inverse.to(device), length))
+                found.append((inverse.to(device), length))
+            # Whole at once: passes on other threads read it.
+            self.frequencies = found
         return self.frequencies
 
 

@@ -99,7 +99,7 @@ def retrieval(lesson: Lesson) -> Draft:
     else:
         num_drawn = int(rng.integers(1, lesson.max_needles + 1))
     num_drawn = min(num_drawn, fmt.keys.num_values)
-    keys, values = fmt.keys.draw_distinct(num_drawn, rng), fmt.values.draw(num_drawn, rng)
+    keys, values = fmt.keys.draw_distinct(num_drawn, rng), _draw_values(fmt.values, num_drawn, rng)
     most = min(num_drawn, lesson.max_needles)
     asked = _Asked.of(
         [(fmt.ask(k), fmt.lead + v, fmt.end) for k, v in zip(keys[:most], values, strict=False)],
@@ -119,14 +119,25 @@ def retrieval(lesson: Lesson) -> Draft:
 
 
 def _shortened(fmt: NeedleFormat, rng: np.random.Generator) -> NeedleFormat:
-    """Draw how long keys and values are in this document, up to what the format has."""
+    """Draw how long keys are in this document, up to what the format has."""
+    size = fmt.keys.num_symbols
+    if size < 2:
+        return fmt
+    keys = dataclasses.replace(fmt.keys, num_symbols=int(rng.integers(1, size + 1)))
+    return dataclasses.replace(fmt, keys=keys)
 
-    def shorter(kind: WordKind) -> WordKind:
-        if kind.num_symbols < 2:
-            return kind
-        return dataclasses.replace(kind, num_symbols=int(rng.integers(1, kind.num_symbols + 1)))
 
-    return dataclasses.replace(fmt, keys=shorter(fmt.keys), values=shorter(fmt.values))
+def _draw_values(kind: WordKind, count: int, rng: np.random.Generator) -> list[str]:
+    """Values, in half of the documents each of a length of its own.
+
+    Were they all of one length in a document, a model would learn to end an answer where other
+    answers end, and not where its own needle does.
+    """
+    values = kind.draw(count, rng)
+    if kind.num_symbols < 2 or rng.random() < 0.5:
+        return values
+    lengths = rng.integers(1, kind.num_symbols + 1, size=count).tolist()
+    return [value[:length] for value, length in zip(values, lengths, strict=True)]
 
 
 def _fitting(
