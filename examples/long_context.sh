@@ -2,7 +2,7 @@
 # The proof of long context on two cores: models trained on 512 tokens and less are asked for needles
 # at up to 65,536, among text and among confusable needles, before and after `l4 extend-context`.
 # Three quarters of an hour; --quick: one seed, ten minutes. Writes runs/long_context/: results of
-# every test with its heat map, tables.md, curves.png, summary.json.
+# every test with its heat map, tables.md, easy.png, hard.png, summary.json.
 # usage: sh examples/long_context.sh [--quick] [--far 1m|10m]
 #   --far 1m also reads one million tokens, --far 10m ten million (minutes, up to 8 GB)
 set -eu
@@ -174,4 +174,4 @@ if [ -n "$far" ]; then
     say "read $far tokens"
 fi
 "$python" "$here/report.py" "$work"
-say "done; figures in $work/summary.json, tables in $work/tables.md, curves in $work/curves.png"
+say "done; figures in $work/summary.json, tables in $work/tables.md, curves in $work/easy.png and hard.png"

@@ -1,6 +1,6 @@
 """Gather the tests of `long_context.sh`: tables, curves and the figures others read.
 
-in: the folder that holds tests/NAME/; out: tables.md, curves.png, summary.json in it
+in: the folder that holds tests/NAME/; out: tables.md, easy.png, hard.png, summary.json in it
 
 Needles that lie across a border of chunks are counted apart, but for the model with two layers
 that see everything, which can read them. Means over seeds.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,8 @@ def tests_of(folder: Path, pattern: str) -> list[Path]:
     before, star, after = pattern.partition("*")
     if not star:
         return [folder / pattern] if (folder / pattern).is_dir() else []
-    names = [p for p in sorted(folder.iterdir()) if p.name.startswith(before)]
-    return [p for p in names if p.name[len(before) :].removesuffix(after).isdecimal()]
+    names = re.compile(re.escape(before) + r"\d+" + re.escape(after))
+    return [path for path in sorted(folder.iterdir()) if names.fullmatch(path.name)]
 
 
 def joined(parts: list[dict[int, Count]]) -> dict[int, Count]:
