@@ -149,13 +149,15 @@ class Conversation:
         """Give the answer piece by piece, whole characters only; `answer` is filled on the way.
 
         When `should_stop` says so the answer ends where it is, and stays in the history.
-        raises: L4Error when it does not fit the context; then the question was never asked
+        raises: L4Error when it does not fit the context, or a film breaks off; then the question
+        was never asked, or only as far as it was read
         """
         turn = self._turn_ids(question)
         num_new_tokens = self._room(self.num_tokens + len(turn))
         prompt_cache = None if self.num_tokens else self.prompt_cache
         if prompt_cache is not None:
             answer.num_known_tokens = self._recall(prompt_cache, turn)
+        before = list(self.unread)
         self._begin_turn(turn[answer.num_known_tokens :])
         answer.num_prompt_tokens = answer.num_known_tokens + len(self.unread)
         start = time.perf_counter()
@@ -164,6 +166,9 @@ class Conversation:
         except Stopped:
             self._end_turn([])
             return
+        except L4Error:  # a film that breaks off, say: it must not stand in the way of what follows
+            self._give_up(before, answer.num_prompt_tokens - len(self.unread))
+            raise
         finally:
             answer.prefill_time_s = time.perf_counter() - start
         if prompt_cache is not None and self.cache is not None:
@@ -295,6 +300,13 @@ class Conversation:
             self.unread = self.unread[num_read:]
             per_tile = self.model.geometry.tokens_per_tile if self.model.geometry else 1
             self.unseen = self.unseen.last(self.unread.count(placeholder) // per_tile)
+
+    def _give_up(self, before: list[int], num_read: int) -> None:
+        """Forget the rest of a question; what was read of it is closed, for it cannot be unread."""
+        self.unseen = self.unseen.last(0)
+        self.unread = before[num_read:]
+        if num_read > len(before):
+            self._end_turn([])
 
     def _end_turn(self, newest: list[int]) -> None:
         """Close the answer in the history as the chat format does."""

@@ -215,6 +215,10 @@ class Request:
         trained_len = None
         if self.trained_length is not None:
             trained_len = parse_number(self.trained_length, "--trained-length", "512", LENGTHS)
+            if trained_len < 2:
+                what = f"cannot use `--trained-length {self.trained_length}`"
+                why = "a model learns from rows of two tokens and more"
+                raise UsageError(what, why=why, fix="write `--trained-length 512`")
         return staged.Job(
             checkpoint=self.checkpoint,
             out=self.out,

@@ -38,7 +38,7 @@ class Share:
     @property
     def spec(self) -> str:
         """The set as a mixture names it; rows that hold more padding are drawn more often."""
-        return f"{self.folder}:{self.share / self.fill:.6f}"
+        return f"{self.folder}:{self.share / self.fill:.9g}"
 
 
 def check_streams(streams: Iterable[Path]) -> None:

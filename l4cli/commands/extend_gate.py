@@ -6,7 +6,7 @@ in: a checkpoint, a format of needles; out: a line in `OUT/gates.jsonl`; exit 1 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from l4cli import terminal
 from l4cli.commands.extend_data import key_of
 from l4cli.commands.extend_synthetic import Needles
-from l4cli.errors import L4Error
+from l4cli.errors import L4Error, UsageError
 from l4cli.training.stages import Stage
 
 if TYPE_CHECKING:
+    from l4cli.data.longcontext.sample import Sample
+    from l4cli.evals.needle.grid import Job
     from l4cli.inference import Engine
     from l4cli.text import Tokenizer
 
@@ -35,6 +37,53 @@ class Gate:
     required: float
     needles: Needles
     seed: int
+
+    def try_out(self, stages: Sequence[Stage], tokenizer: Tokenizer) -> None:
+        """Make one text a stage: a length without room for needles shows before any training."""
+        for stage in stages:
+            try:
+                self._maker(tokenizer)(self._jobs((stage.seq_len,))[0])
+            except UsageError as error:
+                raise UsageError(
+                    f"`--gate` cannot test stage {stage.number}: {error.what}",
+                    why=error.why,
+                    fix=f"leave `--gate` out, or take a longer stage: {len(DEPTHS)} needles have "
+                    "to fit",
+                ) from error
+
+    def _jobs(self, lengths: Sequence[int]) -> list[Job]:
+        from l4cli.evals.needle.grid import GridOptions, plan_jobs
+
+        options = GridOptions(
+            (TASK,), tuple(lengths), DEPTHS, NUM_SAMPLES, self.seed, has_controls=False
+        )
+        return plan_jobs(options, lambda task: True, {})
+
+    def _maker(self, tokenizer: Tokenizer) -> Callable[[Job], Sample]:
+        """How a text of the grid is made."""
+        import numpy as np
+
+        from l4cli.data.longcontext.tasks import make
+        from l4cli.evals.needle.engine_subject import Frame
+
+        frame = Frame.of(tokenizer, is_chat=False)
+        haystack = self.needles.open_haystack(self.seed)
+        fmt = self.needles.format()
+
+        def sample_of(job: Job) -> Sample:
+            return make(
+                job.task,
+                length=job.length,
+                depths=job.depths,
+                tokenizer=tokenizer,
+                haystack=haystack,
+                rng=np.random.default_rng(job.seed(self.seed)),
+                fmt=fmt,
+                reserve=frame.num_tokens,
+                repeat_keys=True,
+            )
+
+        return sample_of
 
     def check(self, out: Path, stage: Stage, checkpoint: Path, device: str) -> None:
         """Test the stage, unless that is done, and write down what came of it.
@@ -71,20 +120,13 @@ class Gate:
         self, out: Path, stage: Stage, checkpoint: Path, lengths: Sequence[int], device: str
     ) -> list[dict[str, Any]]:
         """The answers of the grid; those on disk are not asked again."""
-        import numpy as np
-
-        from l4cli.data.longcontext.sample import Sample
-        from l4cli.data.longcontext.tasks import make
-        from l4cli.evals.needle.engine_subject import EngineSubject, Frame
-        from l4cli.evals.needle.grid import GridOptions, Job, plan_jobs, remaining, run_grid
+        from l4cli.evals.needle.engine_subject import EngineSubject
+        from l4cli.evals.needle.grid import remaining, run_grid
         from l4cli.evals.needle.store import ResultsStore
         from l4cli.text import load_tokenizer
         from l4cli.training.continuation import fingerprint
 
-        options = GridOptions(
-            (TASK,), tuple(lengths), DEPTHS, NUM_SAMPLES, self.seed, has_controls=False
-        )
-        jobs = plan_jobs(options, lambda task: True, {})
+        jobs = self._jobs(lengths)
         settings = {
             "weights": fingerprint(checkpoint),
             "needles": asdict(self.needles),
@@ -99,24 +141,7 @@ class Gate:
             return store.records
         terminal.say(f"gate of stage {stage.number}: {len(missing)} texts of {lengths} tokens")
         tokenizer = load_tokenizer(checkpoint)
-        frame = Frame.of(tokenizer, is_chat=False)
-        haystack = self.needles.open_haystack(self.seed)
-        fmt = self.needles.format()
-
-        def sample_of(job: Job) -> Sample:
-            return make(
-                job.task,
-                length=job.length,
-                depths=job.depths,
-                tokenizer=tokenizer,
-                haystack=haystack,
-                rng=np.random.default_rng(job.seed(self.seed)),
-                fmt=fmt,
-                reserve=frame.num_tokens,
-                repeat_keys=True,
-            )
-
-        sample_of(missing[0])  # a length without room shows before the model is loaded
+        sample_of = self._maker(tokenizer)
         subject = EngineSubject(_engine(checkpoint, tokenizer, device), tokenizer)
         with terminal.progress("gate", len(jobs)) as bar:
             run_grid(

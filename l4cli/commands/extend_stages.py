@@ -99,7 +99,7 @@ def extend(job: Job) -> None:
     from l4cli.training.run import report_done
 
     origin, shapes = _shapes(job)
-    supply = Supply.check(_demands(job), origin.folder, job.out / "data")
+    supply = _checked_supply(job, origin)
     device = torch_device(job.device)
     run_record.require_usable(job.out, fresh=job.fresh)
     continuation.require_known_stages(job.out, [wanted.stage.name for wanted in job.stages])
@@ -113,13 +113,30 @@ def extend(job: Job) -> None:
         try:
             for stage in ready:
                 checkpoint = _train(job, stage, checkpoint, origin)
-                continuation.point_to(job.out, checkpoint)
+                if not _later_begun(job, stage.wanted.stage):  # `latest` never goes back
+                    continuation.point_to(job.out, checkpoint)
                 if job.gate is not None:
                     job.gate.check(job.out, stage.wanted.stage, checkpoint, job.device)
         finally:
             for stage in ready:
                 stage.prepared.source.close()
     report_done(checkpoint)
+
+
+def _later_begun(job: Job, stage: Stage) -> bool:
+    """Whether a stage after this one has checkpoints."""
+    from l4cli.checkpoint import RunFolder
+
+    later = [other.stage for other in job.stages if other.stage.number > stage.number]
+    return any(RunFolder(job.out / other.name).steps() for other in later)
+
+
+def _checked_supply(job: Job, origin: Origin) -> Supply:
+    """Refuse data and gates that cannot work, before anything is written."""
+    supply = Supply.check(_demands(job), origin.folder, job.out / "data")
+    if job.gate is not None:
+        job.gate.try_out([wanted.stage for wanted in job.stages], supply.tokenizer)
+    return supply
 
 
 def _demands(job: Job) -> Demands:
@@ -257,6 +274,7 @@ def _run_of(job: Job, ready: Ready, start: Path) -> Run:
         stage=stage.number,
         init_from=continuation.fingerprint(start),
         reset_optimizer=job.resets_optimizer,
+        trained_len=job.trained_len,
     )
     settings = {
         "data_paths": list(ready.specs),
@@ -294,7 +312,7 @@ def show_plan(job: Job) -> None:
     from l4cli.training.device import torch_device
 
     origin, shapes = _shapes(job)
-    Supply.check(_demands(job), origin.folder, job.out / "data")
+    _checked_supply(job, origin)
     device = torch_device(job.device)
     rows = []
     for shape in shapes:

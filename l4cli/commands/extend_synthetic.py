@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from l4cli import terminal
 from l4cli.commands.extend_data import Share, key_of, opened
-from l4cli.commands.longcontext_options import haystack_of, needle_format
+from l4cli.commands.longcontext_options import haystack_digest, haystack_of, needle_format
 from l4cli.commands.options import default_window
 from l4cli.training.stages import Stage
 
@@ -77,7 +77,7 @@ class Synthetic:
             seed=seed,
             window=window,
             tokenizer=tokenizer.fingerprint,
-            haystack_bytes=_num_bytes(self.needles.haystack),
+            haystack_digest=haystack_digest(self.needles.haystack),
         )
         packed = folder / f"synthetic-{stage.seq_len}-{key}"
         if packed.exists():
@@ -115,12 +115,3 @@ class Synthetic:
             seed=seed,
             hard_share=self.hard,
         )
-
-
-def _num_bytes(paths: Sequence[str]) -> int:
-    """The size of all files named: a haystack that has changed is another one."""
-    total = 0
-    for path in map(Path, paths):
-        files = path.rglob("*") if path.is_dir() else [path]
-        total += sum(file.stat().st_size for file in files if file.is_file())
-    return total

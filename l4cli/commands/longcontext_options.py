@@ -5,6 +5,9 @@ in: what was typed; out: a `Haystack` and a `NeedleFormat`
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,3 +58,16 @@ def needle_format(
     from l4cli.data.longcontext.needles import format_of
 
     return format_of(needle, question, keys, values)
+
+
+def haystack_digest(paths: Sequence[str]) -> str:
+    """A hash of names and contents: a haystack that has changed is another one."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in (file for file in files if file.is_file()):
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            digest.update(name.encode(errors="surrogateescape") + b"\0")
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -65,7 +65,8 @@ def axis_of(request: Request) -> Axis:
         return Axis(_ascending(f"--frames {text}", counts), None, request.fps)
     what = f"--hours {request.hours}"
     hours = [_hours(word.strip(), what) for word in request.hours.split(",")]
-    counts = [max(1, round(hour * 3600 * request.fps)) for hour in hours]
+    # Bounded first: a float may be too large to be counted.
+    counts = [max(1, round(min(hour * 3600 * request.fps, 2.0 * MAX_FRAMES))) for hour in hours]
     return Axis(_ascending(what, counts), tuple(hours), request.fps)
 
 

@@ -32,6 +32,7 @@ from l4cli.inference import CacheOptions, Engine
 from l4cli.inference.layer_major import open_streamed
 from l4cli.model import Llama4Config
 from l4cli.planning import available_memory
+from l4cli.planning.memory import ITEM_BYTES
 from l4cli.planning.reading import Machine, ReadingPlan, plan_reading
 from l4cli.text import Tokenizer, load_tokenizer
 from l4cli.training.device import torch_device
@@ -206,7 +207,9 @@ class TestedModel:
             return EngineSubject(self.load(), self.tokenizer, is_chat=self.is_chat)
         plan = self.plan(longest)
         free = available_memory(str(self.device))
-        is_streamed = open_weights(self.folder).size_bytes > free / 2
+        stored = open_weights(self.folder)
+        item = ITEM_BYTES[self.compute_dtype]
+        is_streamed = max(stored.size_bytes, stored.num_parameters * item) > free / 2
         # Half of what is left once a layer is there: the rest of the machine lives on it too.
         host = available_memory("cpu") - (plan.total_bytes if self.device.type == "cpu" else 0)
         store: str | Path = "memory"

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from l4cli.commands.longcontext_options import haystack_digest
 from l4cli.commands.needle_lists import parse_depths, parse_lengths
 from l4cli.commands.options import DEFAULT_FPS, Device
 from l4cli.errors import UsageError
@@ -187,18 +188,9 @@ class Request:
             "sparse_topk": self.sparse_topk,
             "set": self.set_,
             "haystack": self.haystack,
-            "haystack_bytes": _num_bytes(self.haystack or []),
+            "haystack_digest": haystack_digest(self.haystack or []),
             "needle": self.needle,
             "question": self.question,
             "keys": self.keys,
             "values": self.values,
         }
-
-
-def _num_bytes(paths: list[str]) -> int:
-    """The size of all files named: a haystack that has changed is another one."""
-    total = 0
-    for path in map(Path, paths):
-        files = path.rglob("*") if path.is_dir() else [path]
-        total += sum(file.stat().st_size for file in files if file.is_file())
-    return total

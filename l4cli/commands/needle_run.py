@@ -39,6 +39,9 @@ def run(request: Request) -> None:
     documents = None
     if request.wants_nll:
         longest = request.length_list[-1] - 1  # BOS counts as well
+        if longest < 1:
+            why, fix = "it has BOS alone, and nothing to foretell", "write `--lengths 4k`"
+            raise UsageError("cannot measure `nll` on one token", why=why, fix=fix)
         documents = nll.documents_of(request.haystack, longest, tested.tokenizer)
     settings = request.settings() | tested.facts()
     with RunFolder(request.out):

@@ -124,7 +124,8 @@ def needle_test(
         int, typer.Option(min=1, help="with `--endpoint`: requests at the same time")
     ] = 4,
     timeout: Annotated[
-        float, typer.Option(min=1, help="with `--endpoint`: seconds to wait for one answer")
+        float,
+        typer.Option(min=1, max=86400, help="with `--endpoint`: seconds to wait for one answer"),
     ] = 300,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="with `--endpoint`: tokens this run may cost in all")

@@ -100,6 +100,7 @@ def _settings(request: Request, axis: Axis) -> dict[str, Any]:
         "chat": request.chat,
         "dtype": request.dtype.value,
         "kv_dtype": request.kv_dtype.value,
+        "sparse_topk": request.sparse_topk,
         "set": request.set_,
     }
 

@@ -59,7 +59,7 @@ class Video:
 
     def source(self, geometry: PictureGeometry) -> TileSource:
         """Its tiles, decoded while they are read."""
-        return FilmTiles(self.film, geometry)
+        return FilmTiles(self.film, geometry, self.name)
 
     def describe(self) -> str:
         """One line: what it is, how it is sampled, what it costs."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from l4cli.data.geometry import PictureGeometry
 from l4cli.data.media import grid_of, tiles_of
 from l4cli.data.video import Film, frame_tile
+from l4cli.errors import L4Error
 from l4cli.text import num_tiles
 
 
@@ -43,8 +44,8 @@ class PictureTiles:
 class FilmTiles:
     """A film, one tile a frame. Read in order it is decoded once, and nothing is kept."""
 
-    def __init__(self, film: Film, geometry: PictureGeometry) -> None:
-        self.film, self.geometry = film, geometry
+    def __init__(self, film: Film, geometry: PictureGeometry, name: str = "") -> None:
+        self.film, self.geometry, self.name = film, geometry, name
         self.num_tiles = film.num_frames
         self._frames: Iterator[tuple[float, Image.Image]] = iter(())
         self._next = -1  # the number of the frame that `_frames` gives next
@@ -54,7 +55,11 @@ class FilmTiles:
         if start != self._next:
             self._frames = self.film.frames(start)
         self._next = -1  # of no use any more if the decoder fails
-        found = [frame_tile(next(self._frames)[1], self.geometry) for _ in range(start, stop)]
+        try:
+            found = [frame_tile(next(self._frames)[1], self.geometry) for _ in range(start, stop)]
+        except L4Error as error:
+            what = f"cannot use the video `{self.name}`" if self.name else error.what
+            raise L4Error(what, why=error.why, fix=error.fix) from error
         self._next = stop
         if stop == self.num_tiles:
             self._frames, self._next = iter(()), -1  # closes the file

@@ -81,6 +81,12 @@ def _change_rope(text: TextConfig, changes: Changes, seq_len: int, trained_len: 
         kind = "RoPE layer that attends in full" if changes.only_full_rope else "RoPE layer"
         fix = "leave `--rope-scope full` out" if changes.only_full_rope else "leave it out"
         raise UsageError("cannot change RoPE", why=f"the model has no {kind}", fix=fix)
+    if text.full_rope is not None and not changes.only_full_rope:
+        raise UsageError(
+            "cannot change RoPE of all layers",
+            why="those that attend in full have angles of their own (`full_rope`)",
+            fix="add `--rope-scope full`, or `--set` the keys of the others",
+        )
     before = text.rope_of(layers[-1])
     new: dict[str, Any] = {}
     if changes.rope_theta is not None:
@@ -126,8 +132,8 @@ def _stretched(
         assert trained_len is not None
         # A base of linear scaling stretches what is stretched already.
         factor = seq_len / trained_len * (old.get("factor", 1.0) if change.kind == "pi" else 1.0)
-        if factor <= 1:
-            return {}
+        if factor <= max(1.0, old.get("factor", 1.0)):
+            return {}  # never back to less than it was trained with
     if change.kind == "ntk":
         return {"rope_theta": theta * factor ** (head_dim / (head_dim - 2))}
     new = {**old, "rope_type": _TYPES[change.kind], "factor": float(factor)}

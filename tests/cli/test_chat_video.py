@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -205,3 +206,22 @@ def test_conversation_takes_videos(monkeypatch, folder, model, capsys):
     assert "error: no video named" in err
     assert "error: cannot use video" in err
     assert [shown.name for shown in talk.waiting] == [f"{folder}/a.mp4"]
+
+
+def test_a_film_that_breaks_off_does_not_stand_in_the_way(model, folder, tmp_path, monkeypatch):
+    """Cut off after it was opened: the error names it, and the next question is answered."""
+    monkeypatch.setattr("l4cli.commands.conversation.PREFILL_CHUNK", 2 * FRAME)
+    broken = tmp_path / "broken.mkv"
+    shutil.copy(folder / "b.mkv", broken)
+    talk = Conversation(model, SamplingOptions(), max_new_tokens=3)
+    list(talk.ask("hello", Answer()))
+    before = list(talk.cache.tokens) + list(talk.unread)
+    talk.add_video(str(broken), open_film(broken, Sampling(fps=4)))
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(L4Error) as failed:
+        list(talk.ask("what?", Answer()))
+    assert f"`{broken}`" in failed.value.what
+    assert talk.unread[-1] == model.tokenizer.eot_id
+    list(talk.ask("and now?", Answer()))
+    assert talk.cache.tokens[: len(before)] == before
+    assert len(talk.unseen) == 0

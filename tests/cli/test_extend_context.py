@@ -194,6 +194,8 @@ def test_a_stage_beyond_memory_is_refused_before_any_is_trained(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--trained-length", "1"], "rows of two tokens"),
+        (["--gate", "0.5"], "`--gate` cannot test stage 1"),
         (["--stages", "2k"], "no length and number of tokens"),
         (["--stages", "256:1k,128:1k"], "stage 2 has 128 tokens after 256"),
         (["--stages", "0:1k"], "not a whole number above 0"),

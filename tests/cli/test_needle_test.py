@@ -260,6 +260,9 @@ def test_nll_reads_files_in_two_orders(
     assert run(*args, "-o", out) == 0
     assert (out / "results.jsonl").read_bytes() == before
     capsys.readouterr()
+    short = ["--lengths", "1", "--haystack", code, "-o", tmp_path / "short"]
+    assert run(model, "--tasks", "nll", *short) == 2
+    assert "nothing to foretell" in capsys.readouterr().err
     assert run(model, "--tasks", "nll", "-o", tmp_path / "none") == 2
     assert "needs a haystack" in capsys.readouterr().err
     assert run(*args[:-1], "4k", "-o", tmp_path / "short") == 1

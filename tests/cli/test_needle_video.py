@@ -121,6 +121,7 @@ def test_the_plan_for_hours_of_film(capsys) -> None:
         (["--frames", "8,x"], 2, "not a whole number"),
         (["--frames", "1"], 2, "at least 2"),
         (["--hours", "0"], 2, "no number of hours above 0"),
+        (["--hours", "1e308", "--fps", "1000"], 2, "frames are not among"),
         (["--hours", "nan"], 2, "no number of hours above 0"),
         (["--hours", "1", "--frames", "8"], 2, "both say how long"),
         (["--tasks", "video,single"], 2, "`single` among tasks with frames"),

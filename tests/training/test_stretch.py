@@ -78,6 +78,9 @@ def test_scalings_follow_the_stage_and_go_on_from_their_own(
     # A checkpoint of that stage, trained at 2048, stretched on to 8192.
     again = stretch(Llama4Config(text=text, vision=None), change, 8192, 2048).text
     assert again.rope_scaling == {**wanted, "factor": 16.0}
+    # A stage that is shorter than that again leaves it as it is.
+    shorter = stretch(Llama4Config(text=again, vision=None), change, 4096, 8192).text
+    assert shorter.rope_scaling == again.rope_scaling
     # Stages no longer than what was trained have nothing to stretch.
     assert stretched(change, TRAINED).rope_scaling is None
 
@@ -106,6 +109,15 @@ def test_full_scope_leaves_chunked_layers_alone() -> None:
             "stretched already, as `linear`",
         ),
         (Changes(attn_scale=float("nan")), {}, "`attn_scale` is nan"),
+        (
+            Changes(rope=RopeChange("yarn", 4.0)),
+            {
+                "no_rope_layers": [1] * 4,
+                "layer_types": ["chunked_attention", "full_attention"] * 2,
+                "full_rope": {"rope_theta": 1e5},
+            },
+            "angles of their own",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(

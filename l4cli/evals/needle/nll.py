@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from l4cli.errors import L4Error
 from l4cli.inference import Engine
 
 NUM_STRETCHES = 64  # of equal length: what the trend is fitted to
@@ -74,7 +75,15 @@ def tally(
     nats = [np.zeros(start, np.float32)]
     for first in range(start, len(ids), SCORED_AT_ONCE):
         piece = ids[first : first + SCORED_AT_ONCE]
-        nats.append(-engine.score(piece, cache=cache).float().cpu().numpy())
+        found = -engine.score(piece, cache=cache).float().cpu().numpy()
+        if not np.isfinite(found).all():
+            at = first + int(np.flatnonzero(~np.isfinite(found))[0])
+            why, fix = (
+                f"token {at} has no finite probability",
+                "check the weights: `l4 info --verify`",
+            )
+            raise L4Error("the model gives no numbers", why=why, fix=fix)
+        nats.append(found)
         on_progress(first + len(piece))
     num_bytes = token_bytes[ids].astype(np.int64)
     num_bytes[:start] = 0
