@@ -210,9 +210,7 @@ def main() -> None:
         ]
         kind = "in text" if name == "easy.png" else "among confusable needles"
         title = f"Needles {kind}: trained on {TRAIN_SEQ_LEN} tokens"
-        caption = (
-            "Share of exact answers; bands are 95% Wilson intervals. `sh examples/long_context.sh`"
-        )
+        caption = "Share of exact answers with 95% Wilson intervals. `sh examples/long_context.sh`"
         draw_curves(
             curves,
             folder / name,
