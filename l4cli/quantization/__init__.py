@@ -1,1 +1,5 @@
-"""Number formats and the packing of weights live here; none is built yet."""
+"""Number formats of weights, and how values are rounded into them."""
+
+from l4cli.quantization.formats import FORMATS, QuantizedWeight, WeightFormat
+
+__all__ = ["FORMATS", "QuantizedWeight", "WeightFormat"]
