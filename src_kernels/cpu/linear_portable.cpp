@@ -1,67 +1,13 @@
 // The versions every processor runs; also the plain meaning of the others.
-#include <cmath>
 #include <cstring>
 
-#include "kernels.h"
+#include "rounding.h"
 
 namespace l4 {
 namespace {
 
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-uint16_t to_bf16(float value) {
-  const uint32_t bits = bits_of(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// 32 inputs (fewer at the row's end): codes, scale, minus their sum.
-void round_group(const float* x, int32_t count, int8_t* codes, float* scale, int32_t* minus_sum) {
-  uint32_t largest = 0;  // of the bits: a NaN is larger than infinity, which is larger than all
-  for (int32_t i = 0; i < count; i++) {
-    const uint32_t bits = bits_of(x[i]) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
-  float amax;
-  std::memcpy(&amax, &largest, 4);
-  std::memset(codes, 0, kGroup);
-  *minus_sum = 0;
-  if (!(amax >= 1e-30f && largest < 0x7f800000)) {
-    *scale = largest < 0x7f800000 ? 0.0f : NAN;
-    return;
-  }
-  const float inverse = 127.0f / amax;
-  int32_t sum = 0;
-  for (int32_t i = 0; i < count; i++) {
-    codes[i] = static_cast<int8_t>(nearbyintf(x[i] * inverse));
-    sum += codes[i];
-  }
-  *scale = amax / 127.0f;
-  *minus_sum = -sum;
-}
-
 void prepare(Rows& rows, int32_t first_row, int32_t last_row) {
-  for (int32_t row = first_row; row < last_row; row++) {
-    const float* x = rows.x + row * rows.ldx;
-    if (rows.forms & L4_AS_INT8) {
-      const int64_t at = row * rows.num_groups;
-      for (int64_t g = 0; g < rows.num_groups; g++) {
-        const int32_t left = rows.k - static_cast<int32_t>(g) * kGroup;
-        round_group(x + g * kGroup, left < kGroup ? left : kGroup,
-                    rows.codes + row * rows.code_stride + g * kGroup, rows.scale + at + g,
-                    rows.minus_sum + at + g);
-      }
-    }
-    if (rows.forms & L4_AS_BF16) {
-      uint16_t* out = rows.bf16 + row * rows.bf16_stride;
-      for (int32_t i = 0; i < rows.k; i++) out[i] = to_bf16(x[i]);
-      for (int64_t i = rows.k; i < padded(rows.k); i++) out[i] = 0;
-    }
-  }
+  round_rows(rows, first_row, last_row);
 }
 
 void block_fp32(const float* w, const float* x, int32_t k, float* sum) {
