@@ -62,44 +62,64 @@ L4_AVX2_INLINE __m256i dot_int8(const uint8_t* codes, const int8_t* x) {
   return sum;
 }
 
+// T tokens times 32 inputs, added to the tokens' sums. scales, zeros: null for none.
 template <int BITS, int T>
-L4_AVX2 void tile_codes(const Parts& parts, const Token* token, int64_t num_groups,
-                        __m256* out) {
-  constexpr int kBytes = BITS * 64;
-  const uint8_t* codes = parts.codes;
-  __m256 sum[2 * T];
-  for (int t = 0; t < 2 * T; t++) sum[t] = _mm256_setzero_ps();
-  for (int64_t g = 0; g < num_groups; g++, codes += kBytes) {
-    const int64_t at = parts.span ? g / parts.span * kBlock : 0;
+L4_AVX2_INLINE void add_group(const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros,
+                              const Token* token, int64_t g, __m256* sum) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-      __m256 scale = _mm256_set1_ps(1.0f);
-      __m256i zero = _mm256_set1_epi32(8);
-      if (parts.span) scale = scales_at(parts.scales + 2 * at + 16 * half);
-      if (BITS == 4 && parts.zeros) {
-        const void* from = parts.zeros + at + 8 * half;
-        zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
-      }
+  for (int half = 0; half < 2; half++) {
+    const __m256 scale = scales ? scales_at(scales + 16 * half) : _mm256_set1_ps(1.0f);
+    __m256i zero = _mm256_set1_epi32(8);
+    if (BITS == 4 && zeros) {
+      const void* from = zeros + 8 * half;
+      zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+    }
 #pragma GCC unroll 4
-      for (int t = 0; t < T; t++) {
-        const int8_t* x = token[t].codes + g * kGroup;
-        __m256i acc;
-        if (BITS == 4) {
-          const __m256i minus = _mm256_madd_epi16(zero, word(token[t].minus_sum + g));
-          acc = _mm256_add_epi32(dot_int4(codes + 32 * half, x), minus);
-        } else {
-          acc = dot_int8(codes + 32 * half, x);
-        }
-        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(token[t].scale[g]));
-        __m256& to = sum[2 * t + half];
-        to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), both, to);
+    for (int t = 0; t < T; t++) {
+      const int8_t* x = token[t].codes + g * kGroup;
+      __m256i acc;
+      if (BITS == 4) {
+        const __m256i minus = _mm256_madd_epi16(zero, word(token[t].minus_sum + g));
+        acc = _mm256_add_epi32(dot_int4(codes + 32 * half, x), minus);
+      } else {
+        acc = dot_int8(codes + 32 * half, x);
       }
+      const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(token[t].scale[g]));
+      __m256& to = sum[2 * t + half];
+      to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), both, to);
     }
   }
-  for (int t = 0; t < 2 * T; t++) {
-    const float* row_scales = reinterpret_cast<const float*>(parts.scales) + t % 2 * 8;
-    out[t] = parts.span ? sum[t] : _mm256_mul_ps(sum[t], _mm256_loadu_ps(row_scales));
+}
+
+template <int BITS, int T>
+L4_AVX2 void tile_codes(const Weight& weight, const uint8_t* data, const Token* token,
+                        int64_t num_groups, __m256* out) {
+  constexpr int kBytes = BITS * 64;
+  __m256 sum[2 * T];
+  for (int t = 0; t < 2 * T; t++) sum[t] = _mm256_setzero_ps();
+  if (weight.group == 0) {
+    const uint8_t* codes = data + kBlock * 4;
+    for (int64_t g = 0; g < num_groups; g++, codes += kBytes) {
+      add_group<BITS, T>(codes, nullptr, nullptr, token, g, sum);
+    }
+    const float* row_scales = reinterpret_cast<const float*>(data);
+    for (int t = 0; t < 2 * T; t++) {
+      out[t] = _mm256_mul_ps(sum[t], _mm256_loadu_ps(row_scales + t % 2 * 8));
+    }
+    return;
   }
+  const int64_t groups = weight.cols / weight.group, span = weight.group / kGroup;
+  for (int64_t first = 0, g = 0; first < groups; first += kSegment) {
+    Segment part = segment_at(data, groups - first, weight.has_zero);
+    for (int64_t i = 0; i < part.groups; i++) {
+      const uint8_t* zeros = weight.has_zero ? part.zeros + 16 * i : nullptr;
+      for (int64_t s = 0; s < span; s++, g++, part.codes += kBytes) {
+        add_group<BITS, T>(part.codes, part.scales + 32 * i, zeros, token, g, sum);
+      }
+    }
+    data = part.codes;
+  }
+  for (int t = 0; t < 2 * T; t++) out[t] = sum[t];
 }
 
 template <int T>
@@ -143,7 +163,7 @@ L4_AVX2 void tile_bf16(const uint8_t* data, const void* const* token, int64_t k,
   for (int i = 0; i < 2 * T; i++) out[i] = sum[i];
 }
 
-using TileCodes = void (*)(const Parts&, const Token*, int64_t, __m256*);
+using TileCodes = void (*)(const Weight&, const uint8_t*, const Token*, int64_t, __m256*);
 using TileFloats = void (*)(const uint8_t*, const void* const*, int64_t, __m256*);
 constexpr TileCodes kInt4[] = {tile_codes<4, 1>, tile_codes<4, 2>, tile_codes<4, 3>,
                                tile_codes<4, 4>};
@@ -154,6 +174,7 @@ constexpr TileFloats kBf16[] = {tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_b
 
 L4_AVX2 void tile(const Weight& weight, const Rows& rows, int32_t block, int32_t first,
                   int32_t count, __m256* sum) {
+  const uint8_t* data = weight.data + block * block_bytes(weight);
   if (weight.kind >= L4_INT8) {
     Token token[kTile];
     for (int32_t t = 0; t < count; t++) {
@@ -162,7 +183,7 @@ L4_AVX2 void tile(const Weight& weight, const Rows& rows, int32_t block, int32_t
                   rows.minus_sum + row * rows.num_groups};
     }
     const auto& tiles = weight.kind == L4_INT4 ? kInt4 : kInt8;
-    tiles[count - 1](parts_of(weight, block), token, rows.num_groups, sum);
+    tiles[count - 1](weight, data, token, rows.num_groups, sum);
     return;
   }
   const bool is_fp32 = weight.kind == L4_FP32;
@@ -172,7 +193,6 @@ L4_AVX2 void tile(const Weight& weight, const Rows& rows, int32_t block, int32_t
     token[t] = is_fp32 ? static_cast<const void*>(rows.x + row * rows.ldx)
                        : rows.bf16 + row * rows.bf16_stride;
   }
-  const uint8_t* data = weight.data + block * block_bytes(weight);
   (is_fp32 ? kFp32 : kBf16)[count - 1](data, token, is_fp32 ? rows.k : padded(rows.k) / 2, sum);
 }
 

@@ -70,61 +70,80 @@ L4_AVX512_INLINE __m512i start_of(__m512i zero, const int32_t* minus_sum) {
   return _mm512_slli_epi32(minus, BITS == 4 ? 3 : 7);
 }
 
-// T tokens times a block of codes. SPAN: 32-groups that share a scale; 0: the row's.
-template <int BITS, int SPAN, bool ZERO, int T>
-L4_AVX512 void tile_codes(const Parts& parts, const Token* token, int64_t num_groups,
-                          __m512* out) {
-  constexpr int kBytes = BITS * 64, kSpan = SPAN ? SPAN : 1;
-  const uint8_t* codes = parts.codes;
-  __m512 sum[T], scale = _mm512_setzero_ps();
-  __m512i zero = _mm512_setzero_si512();
-  for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
-  for (int64_t g = 0; g < num_groups; g++, codes += kBytes) {
-    if (SPAN && g % kSpan == 0) {
-      scale = scales_at(parts.scales + g / kSpan * 32);
-      if (ZERO) {
-        const uint8_t* at = parts.zeros + g / kSpan * 16;
-        zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-      }
-    }
-    __m512i w[8];
-    if (!(T == 1 && BITS == 4)) unpack<BITS>(codes, w);
+// T tokens times 32 inputs, added to the tokens' sums. SCALED: the group has scales.
+template <int BITS, bool SCALED, bool ZERO, int T>
+L4_AVX512_INLINE void add_group(const uint8_t* codes, __m512 scale, __m512i zero,
+                                const Token* token, int64_t g, __m512* sum) {
+  __m512i w[8];
+  if (!(T == 1 && BITS == 4)) unpack<BITS>(codes, w);
+  // Four tokens side by side: a chain of dependent products is longer than its latency.
+  constexpr int kStep = T < 4 ? T : 4;
 #pragma GCC unroll 16
-    for (int first = 0; first < T; first += 4) {
-      constexpr int kStep = T < 4 ? T : 4;
-      __m512i acc[kStep];
-      // Four tokens side by side: a chain of dependent products is longer than its latency.
+  for (int first = 0; first < T; first += kStep) {
+    __m512i acc[kStep];
 #pragma GCC unroll 4
-      for (int t = 0; t < kStep; t++) {
-        if (first + t < T) acc[t] = start_of<BITS, ZERO>(zero, token[first + t].minus_sum + g);
-      }
-      if (T == 1 && BITS == 4) {
-        acc[0] = dot_one(codes, token[0].codes + g * kGroup, acc[0]);
-      } else {
+    for (int t = 0; t < kStep; t++) {
+      if (first + t < T) acc[t] = start_of<BITS, ZERO>(zero, token[first + t].minus_sum + g);
+    }
+    if (T == 1 && BITS == 4) {
+      acc[0] = dot_one(codes, token[0].codes + g * kGroup, acc[0]);
+    } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
+      for (int i = 0; i < 8; i++) {
 #pragma GCC unroll 4
-          for (int t = 0; t < kStep; t++) {
-            if (first + t >= T) continue;
-            const int8_t* x = token[first + t].codes + g * kGroup + 4 * i;
-            acc[t] = _mm512_dpbusd_epi32(acc[t], w[i], word(x));
-          }
+        for (int t = 0; t < kStep; t++) {
+          if (first + t >= T) continue;
+          const int8_t* x = token[first + t].codes + g * kGroup + 4 * i;
+          acc[t] = _mm512_dpbusd_epi32(acc[t], w[i], word(x));
         }
       }
+    }
 #pragma GCC unroll 4
-      for (int t = 0; t < kStep; t++) {
-        if (first + t >= T) continue;
-        const __m512 of_token = _mm512_set1_ps(token[first + t].scale[g]);
-        const __m512 both = SPAN ? _mm512_mul_ps(scale, of_token) : of_token;
-        sum[first + t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), both, sum[first + t]);
-      }
+    for (int t = 0; t < kStep; t++) {
+      if (first + t >= T) continue;
+      const __m512 of_token = _mm512_set1_ps(token[first + t].scale[g]);
+      const __m512 both = SCALED ? _mm512_mul_ps(scale, of_token) : of_token;
+      sum[first + t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), both, sum[first + t]);
     }
   }
-  if (!SPAN) scale = _mm512_loadu_ps(parts.scales);
-  for (int t = 0; t < T; t++) out[t] = SPAN ? sum[t] : _mm512_mul_ps(sum[t], scale);
 }
 
-using TileCodes = void (*)(const Parts&, const Token*, int64_t, __m512*);
+// T tokens times a block of codes. SPAN: 32-groups that share a scale; 0: the row's.
+template <int BITS, int SPAN, bool ZERO, int T>
+L4_AVX512 void tile_codes(const uint8_t* data, const Token* token, int64_t num_groups,
+                          __m512* out) {
+  constexpr int kBytes = BITS * 64, kSpan = SPAN ? SPAN : 1;
+  __m512 sum[T];
+  __m512i zero = _mm512_setzero_si512();
+  for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
+  if (SPAN == 0) {
+    const __m512 scale = _mm512_loadu_ps(data);
+    const uint8_t* codes = data + kBlock * 4;
+    for (int64_t g = 0; g < num_groups; g++, codes += kBytes) {
+      add_group<BITS, false, ZERO, T>(codes, scale, zero, token, g, sum);
+    }
+    for (int t = 0; t < T; t++) out[t] = _mm512_mul_ps(sum[t], scale);
+    return;
+  }
+  const int64_t groups = num_groups / kSpan;
+  for (int64_t first = 0, g = 0; first < groups; first += kSegment) {
+    Segment part = segment_at(data, groups - first, ZERO);
+    for (int64_t i = 0; i < part.groups; i++) {
+      const __m512 scale = scales_at(part.scales + 32 * i);
+      if (ZERO) {
+        const uint8_t* at = part.zeros + 16 * i;
+        zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+      }
+      for (int s = 0; s < kSpan; s++, g++, part.codes += kBytes) {
+        add_group<BITS, true, ZERO, T>(part.codes, scale, zero, token, g, sum);
+      }
+    }
+    data = part.codes;
+  }
+  for (int t = 0; t < T; t++) out[t] = sum[t];
+}
+
+using TileCodes = void (*)(const uint8_t*, const Token*, int64_t, __m512*);
 
 // Sizes of tiles; a tile between two takes the larger, with the last token more than once.
 constexpr int kSizes[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};
@@ -195,7 +214,7 @@ L4_AVX512 void linear_codes(const Weight& weight, const Rows& rows, const Target
     const int32_t width = tile_of(end - start, kTile), size = size_at_least(width);
     const TileCodes tile = tile_for(weight, size);
     for (int32_t block = first_block; block < last_block; block++) {
-      const Parts parts = parts_of(weight, block);
+      const uint8_t* data = weight.data + block * block_bytes(weight);
       for (int32_t first = start; first < end; first += width) {
         const int32_t count = end - first < width ? end - first : width;
         Token token[kTile];
@@ -205,7 +224,7 @@ L4_AVX512 void linear_codes(const Weight& weight, const Rows& rows, const Target
                       rows.minus_sum + row * rows.num_groups};
         }
         __m512 sum[kTile];
-        tile(parts, token, rows.num_groups, sum);
+        tile(data, token, rows.num_groups, sum);
         for (int32_t t = 0; t < count; t++) store(to, first + t, block, sum[t]);
       }
     }
@@ -216,91 +235,80 @@ L4_AVX512 void prepare(Rows& rows, int32_t first_row, int32_t last_row) {
   round_rows(rows, first_row, last_row);
 }
 
-// Floats: T tokens times NB blocks side by side, so that there are chains enough of products; the
-// order in which one result is added up is always the same.
-template <int T, int NB>
-L4_AVX512 void tile_fp32(const uint8_t* const* data, const void* const* token, int64_t k,
-                         __m512* out) {
-  __m512 sum[T * NB];
-  for (int i = 0; i < T * NB; i++) sum[i] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < k; i++) {
-    __m512 w[NB];
-    for (int b = 0; b < NB; b++) w[b] = _mm512_loadu_ps(data[b] + 64 * i);
-#pragma GCC unroll 16
+// Floats: inputs take turns at two sums, so that the products of one token are no single chain.
+// The order in which a result is added up is the same in every tile.
+template <int T>
+L4_AVX512 void tile_fp32(const uint8_t* data, const void* const* token, int64_t k, __m512* out) {
+  __m512 even[T], odd[T];
+  for (int t = 0; t < T; t++) even[t] = odd[t] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 1 < k; i += 2, data += 128) {
+    const __m512 w0 = _mm512_loadu_ps(data), w1 = _mm512_loadu_ps(data + 64);
+#pragma GCC unroll 12
     for (int t = 0; t < T; t++) {
-      const __m512 x = _mm512_set1_ps(static_cast<const float*>(token[t])[i]);
-#pragma GCC unroll 4
-      for (int b = 0; b < NB; b++) sum[t * NB + b] = _mm512_fmadd_ps(w[b], x, sum[t * NB + b]);
+      const float* x = static_cast<const float*>(token[t]) + i;
+      even[t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(x[0]), even[t]);
+      odd[t] = _mm512_fmadd_ps(w1, _mm512_set1_ps(x[1]), odd[t]);
     }
   }
-  for (int i = 0; i < T * NB; i++) out[i] = sum[i];
+  for (int t = 0; t < T; t++) {
+    if (i < k) {
+      const __m512 x = _mm512_set1_ps(static_cast<const float*>(token[t])[i]);
+      even[t] = _mm512_fmadd_ps(_mm512_loadu_ps(data), x, even[t]);
+    }
+    out[t] = _mm512_add_ps(even[t], odd[t]);
+  }
 }
 
-// k counts pairs of inputs here.
-template <int T, int NB>
-L4_AVX512 void tile_bf16_wide(const uint8_t* const* data, const void* const* token, int64_t k,
-                              __m512* out) {
+// Without bf16 instructions: a word of two inputs is taken apart. k counts words, an even number.
+template <int T>
+L4_AVX512 void tile_wide(const uint8_t* data, const void* const* token, int64_t k, __m512* out) {
   const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  __m512 sum[T * NB];
-  for (int i = 0; i < T * NB; i++) sum[i] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < k; i++) {
-    __m512 w0[NB], w1[NB];
-    for (int b = 0; b < NB; b++) {
-      const __m512i w = load(data[b] + 64 * i);
-      w0[b] = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-      w1[b] = _mm512_castsi512_ps(_mm512_and_si512(w, top));
-    }
-#pragma GCC unroll 16
+  __m512 even[T], odd[T];
+  for (int t = 0; t < T; t++) even[t] = odd[t] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < k; i++, data += 64) {
+    const __m512i w = load(data);
+    const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+    const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(w, top));
+#pragma GCC unroll 12
     for (int t = 0; t < T; t++) {
       const __m512i x = word(static_cast<const uint16_t*>(token[t]) + 2 * i);
       const __m512 x0 = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
       const __m512 x1 = _mm512_castsi512_ps(_mm512_and_si512(x, top));
-#pragma GCC unroll 4
-      for (int b = 0; b < NB; b++) {
-        sum[t * NB + b] = _mm512_fmadd_ps(w0[b], x0, sum[t * NB + b]);
-        sum[t * NB + b] = _mm512_fmadd_ps(w1[b], x1, sum[t * NB + b]);
-      }
+      even[t] = _mm512_fmadd_ps(w0, x0, even[t]);
+      odd[t] = _mm512_fmadd_ps(w1, x1, odd[t]);
     }
   }
-  for (int i = 0; i < T * NB; i++) out[i] = sum[i];
+  for (int t = 0; t < T; t++) out[t] = _mm512_add_ps(even[t], odd[t]);
 }
 
-template <int T, int NB>
-L4_AVX512_BF16 void tile_bf16(const uint8_t* const* data, const void* const* token, int64_t k,
+template <int T>
+L4_AVX512_BF16 void tile_bf16(const uint8_t* data, const void* const* token, int64_t k,
                               __m512* out) {
-  __m512 sum[T * NB];
-  for (int i = 0; i < T * NB; i++) sum[i] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < k; i++) {
-    __m512i w[NB];
-    for (int b = 0; b < NB; b++) w[b] = _mm512_loadu_si512(data[b] + 64 * i);
-#pragma GCC unroll 16
+  __m512 even[T], odd[T];
+  for (int t = 0; t < T; t++) even[t] = odd[t] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < k; i += 2, data += 128) {
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(data);
+    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(data + 64);
+#pragma GCC unroll 12
     for (int t = 0; t < T; t++) {
-      int32_t bits;
-      std::memcpy(&bits, static_cast<const uint16_t*>(token[t]) + 2 * i, 4);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(bits);
-#pragma GCC unroll 4
-      for (int b = 0; b < NB; b++) {
-        sum[t * NB + b] = _mm512_dpbf16_ps(sum[t * NB + b], (__m512bh)w[b], x);
-      }
+      int32_t x[2];
+      std::memcpy(x, static_cast<const uint16_t*>(token[t]) + 2 * i, 8);
+      even[t] = _mm512_dpbf16_ps(even[t], w0, (__m512bh)_mm512_set1_epi32(x[0]));
+      odd[t] = _mm512_dpbf16_ps(odd[t], w1, (__m512bh)_mm512_set1_epi32(x[1]));
     }
   }
-  for (int i = 0; i < T * NB; i++) out[i] = sum[i];
+  for (int t = 0; t < T; t++) out[t] = _mm512_add_ps(even[t], odd[t]);
 }
 
-using TileFloats = void (*)(const uint8_t* const*, const void* const*, int64_t, __m512*);
+using TileFloats = void (*)(const uint8_t*, const void* const*, int64_t, __m512*);
 
-struct Shape {
-  int32_t tokens, blocks;
-};
-constexpr Shape kShapes[] = {{1, 8}, {2, 4}, {3, 4}, {4, 4}, {6, 2}, {8, 2}, {12, 2}};
-
-#define L4_SHAPES(tile) \
-  {tile<1, 8>, tile<2, 4>, tile<3, 4>, tile<4, 4>, tile<6, 2>, tile<8, 2>, tile<12, 2>}
-#define L4_SINGLES(tile) \
-  {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>, tile<6, 1>, tile<8, 1>, tile<12, 1>}
-constexpr TileFloats kFloats[3][2][7] = {{L4_SINGLES(tile_fp32), L4_SHAPES(tile_fp32)},
-                                         {L4_SINGLES(tile_bf16_wide), L4_SHAPES(tile_bf16_wide)},
-                                         {L4_SINGLES(tile_bf16), L4_SHAPES(tile_bf16)}};
+#define L4_TILES(tile)                                                                        \
+  {tile<1>, tile<2>, tile<3>, tile<4>,  tile<5>,  tile<6>,                                    \
+   tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
+constexpr int kFloatTile = 12;
+constexpr TileFloats kFp32[] = L4_TILES(tile_fp32), kWide[] = L4_TILES(tile_wide),
+                     kBf16[] = L4_TILES(tile_bf16);
 
 bool has_bf16() {
   static const bool found = __builtin_cpu_supports("avx512bf16");
@@ -310,35 +318,26 @@ bool has_bf16() {
 L4_AVX512 void linear_floats(const Weight& weight, const Rows& rows, const Target& to,
                              int32_t first_block, int32_t last_block) {
   const bool is_fp32 = weight.kind == L4_FP32;
-  const auto& tiles = kFloats[is_fp32 ? 0 : has_bf16() ? 2 : 1];
+  const TileFloats* tiles = is_fp32 ? kFp32 : has_bf16() ? kBf16 : kWide;
   const int64_t bytes = block_bytes(weight), k = is_fp32 ? rows.k : padded(rows.k) / 2;
-  const int32_t at_once = tokens_at_once(k * 4) / 12 * 12;
+  const int32_t at_once = tokens_at_once(k * 4);
   for (int32_t start = 0; start < rows.m; start += at_once) {
     const int32_t end = rows.m - start < at_once ? rows.m : start + at_once;
-    const int32_t width = tile_of(end - start, 12);
-    int32_t shape = 0;
-    while (kShapes[shape].tokens < width) shape++;
-    const int32_t size = kShapes[shape].tokens, side_by_side = kShapes[shape].blocks;
-    for (int32_t block = first_block; block < last_block;) {
-      const int32_t step = last_block - block < side_by_side ? 1 : side_by_side;
-      const TileFloats tile = tiles[step > 1][shape];
-      const uint8_t* data[8];
-      for (int32_t b = 0; b < step; b++) data[b] = weight.data + (block + b) * bytes;
+    const int32_t width = tile_of(end - start, kFloatTile);
+    for (int32_t block = first_block; block < last_block; block++) {
+      const uint8_t* data = weight.data + block * bytes;
       for (int32_t first = start; first < end; first += width) {
         const int32_t count = end - first < width ? end - first : width;
-        const void* token[12];
-        for (int32_t t = 0; t < size; t++) {
-          const int64_t row = row_of(rows, first + (t < count ? t : count - 1));
+        const void* token[kFloatTile];
+        for (int32_t t = 0; t < count; t++) {
+          const int64_t row = row_of(rows, first + t);
           token[t] = is_fp32 ? static_cast<const void*>(rows.x + row * rows.ldx)
                              : rows.bf16 + row * rows.bf16_stride;
         }
-        __m512 sum[24];
-        tile(data, token, k, sum);
-        for (int32_t t = 0; t < count; t++) {
-          for (int32_t b = 0; b < step; b++) store(to, first + t, block + b, sum[t * step + b]);
-        }
+        __m512 sum[kFloatTile];
+        tiles[count - 1](data, token, k, sum);
+        for (int32_t t = 0; t < count; t++) store(to, first + t, block, sum[t]);
       }
-      block += step;
     }
   }
 }

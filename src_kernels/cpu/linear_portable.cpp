@@ -44,29 +44,46 @@ void dot_int4(const uint8_t* w, const int8_t* x, int32_t* acc) {
   }
 }
 
-void block_codes(const Weight& weight, const Parts& parts, const Rows& rows, int32_t row,
-                 float* sum) {
-  const int8_t* x = rows.codes + row * rows.code_stride;
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(parts.scales);
-  const bool is_int4 = weight.kind == L4_INT4;
-  const int64_t bytes = kBlock * (is_int4 ? kGroup / 2 : kGroup);
-  for (int64_t g = 0; g < rows.num_groups; g++) {
-    const int64_t at = row * rows.num_groups + g, of = parts.span ? g / parts.span * kBlock : 0;
-    int32_t acc[kBlock];
-    for (int r = 0; r < kBlock; r++) {
-      const int32_t offset = !is_int4 ? 128 : parts.zeros ? parts.zeros[of + r] : 8;
-      acc[r] = offset * rows.minus_sum[at];
-    }
-    is_int4 ? dot_int4(parts.codes + g * bytes, x + g * kGroup, acc)
-            : dot_int8(parts.codes + g * bytes, x + g * kGroup, acc);
-    for (int r = 0; r < kBlock; r++) {
-      const float scale = parts.span ? from_bf16(scales[of + r]) * rows.scale[at] : rows.scale[at];
-      sum[r] += static_cast<float>(acc[r]) * scale;
-    }
+// One 32-group: its products times the scale of weight and token, added to `sum`.
+void add_group(const Weight& weight, const uint8_t* codes, const uint16_t* scales,
+               const uint8_t* zeros, const Rows& rows, int32_t row, int64_t g, float* sum) {
+  const int8_t* x = rows.codes + row * rows.code_stride + g * kGroup;
+  const int32_t minus_sum = rows.minus_sum[row * rows.num_groups + g];
+  const float of_token = rows.scale[row * rows.num_groups + g];
+  int32_t acc[kBlock];
+  for (int r = 0; r < kBlock; r++) {
+    acc[r] = (weight.kind == L4_INT8 ? 128 : zeros ? zeros[r] : 8) * minus_sum;
   }
-  if (!parts.span) {
-    const float* row_scales = reinterpret_cast<const float*>(parts.scales);
+  weight.kind == L4_INT8 ? dot_int8(codes, x, acc) : dot_int4(codes, x, acc);
+  for (int r = 0; r < kBlock; r++) {
+    const float scale = scales ? from_bf16(scales[r]) * of_token : of_token;
+    sum[r] += static_cast<float>(acc[r]) * scale;
+  }
+}
+
+void block_codes(const Weight& weight, const uint8_t* data, const Rows& rows, int32_t row,
+                 float* sum) {
+  const int64_t bytes = kBlock * (weight.kind == L4_INT4 ? kGroup / 2 : kGroup);
+  if (weight.group == 0) {
+    const float* row_scales = reinterpret_cast<const float*>(data);
+    const uint8_t* codes = data + kBlock * 4;
+    for (int64_t g = 0; g < rows.num_groups; g++, codes += bytes) {
+      add_group(weight, codes, nullptr, nullptr, rows, row, g, sum);
+    }
     for (int r = 0; r < kBlock; r++) sum[r] *= row_scales[r];
+    return;
+  }
+  const int64_t groups = weight.cols / weight.group;
+  for (int64_t first = 0, g = 0; first < groups; first += kSegment) {
+    Segment part = segment_at(data, groups - first, weight.has_zero);
+    for (int64_t i = 0; i < part.groups; i++) {
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(part.scales) + i * kBlock;
+      const uint8_t* zeros = weight.has_zero ? part.zeros + i * kBlock : nullptr;
+      for (int32_t s = 0; s < weight.group / kGroup; s++, g++, part.codes += bytes) {
+        add_group(weight, part.codes, scales, zeros, rows, row, g, sum);
+      }
+    }
+    data = part.codes;
   }
 }
 
@@ -84,7 +101,7 @@ void linear(const Weight& weight, const Rows& rows, float* y, int64_t ldy, int32
         block_bf16(reinterpret_cast<const uint16_t*>(data), rows.bf16 + row * rows.bf16_stride,
                    padded(rows.k), sum);
       } else {
-        block_codes(weight, parts_of(weight, block), rows, row, sum);
+        block_codes(weight, data, rows, row, sum);
       }
       const int count = left < kBlock ? left : kBlock;
       std::memcpy(y + i * ldy + block * kBlock, sum, count * sizeof(float));
