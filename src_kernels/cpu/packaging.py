@@ -39,5 +39,6 @@ class TagWheel(bdist_wheel):
     """One wheel for every Python 3 of a platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """py3-none and the platform."""
-        return "py3", "none", super().get_tag()[2]
+        """py3-none and the platform; any platform when no library was built."""
+        is_built = any(Path(self.bdist_dir).rglob("_kernels.so"))
+        return "py3", "none", super().get_tag()[2] if is_built else "any"
