@@ -35,8 +35,9 @@ def code_range(format: WeightFormat) -> tuple[float, float]:
 
 
 def divides(format: WeightFormat, num_inputs: int) -> bool:
-    """Whether a row of inputs is whole groups, and whole words of packed codes."""
-    return num_inputs % (format.group_size or 1) == 0 and num_inputs % 8 == 0
+    """Whether a row of inputs is whole groups or blocks, and whole words of packed codes."""
+    group = format.block[1] if format.block else format.group_size or 1
+    return num_inputs % group == 0 and num_inputs % 8 == 0
 
 
 @torch.no_grad()
