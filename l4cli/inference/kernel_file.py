@@ -12,7 +12,8 @@ import io
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -87,18 +88,11 @@ class KernelFile:
     def array(self, name: str, dtype: torch.dtype, count: int, offset: int = 0) -> Tensor:
         """A plain array, sharing the file's memory: not to be written to."""
         start = self.starts[name] + offset
-        found = self.bytes[start : start + count * dtype.itemsize]
-        view = np.lib.stride_tricks.as_strided(found, writeable=True) if False else found
-        return _tensor(view).view(dtype)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """Share read-only memory; torch would warn that it knows no such thing."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
+        with warnings.catch_warnings():
+            # Torch knows no memory that cannot be written to.
+            warnings.simplefilter("ignore", UserWarning)
+            flat = torch.from_numpy(self.bytes[start : start + count * dtype.itemsize])
+        return flat.view(dtype)
 
 
 def config_fingerprint(config: Llama4Config) -> str:
@@ -214,15 +208,3 @@ def is_current(path: Path, config: Llama4Config, folder: Path) -> bool:
 
 def _up(size: int, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
-
-
-def padded(part: Tensor, multiple: int = 64) -> Tensor:
-    """Zeros behind, so that the next one is aligned."""
-    return torch.nn.functional.pad(part, (0, -part.numel() % multiple))
-
-
-def split_rows(num_rows: int, row_bytes: int, most: int = 64 << 20) -> Iterator[slice]:
-    """Rows in pieces of at most so many bytes."""
-    step = max(1, most // max(1, row_bytes))
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))

@@ -49,7 +49,6 @@ constexpr int32_t kAllForms = L4_AS_BF16 | L4_AS_INT8;
 struct Space {
   Barrier *barrier;
   Counter *counters;
-  float *h;                     // [m, D], of a step
   float *x, *routed_x;          // [copies of m, D], [copies of m * A, D]
   float *q, *k, *v, *out;       // of a step; out [copies of m, N * H]
   float *y, *routed_y;          // [m, D], [m * A, D]
@@ -74,7 +73,6 @@ Space place(const L4Model &model, int32_t m, int threads, bool is_step, Arena &a
   s.barrier = static_cast<Barrier *>(arena.bytes(sizeof(Barrier)));
   s.counters = static_cast<Counter *>(arena.bytes(sizeof(Counter) * (model.num_layers * 8 + 8)));
   if (is_step) {
-    s.h = arena.floats(m * d);
     s.q = arena.floats(m * heads);
     s.k = arena.floats(m * kv);
     s.v = arena.floats(m * kv);
@@ -393,16 +391,10 @@ void step(Team &team, const L4Model &model, const L4Step &args, const Space &s) 
   const VectorKernels &vector = vector_kernels();
   const int32_t m = args.num_rows;
   const int64_t d = model.hidden, heads = (int64_t)model.heads * model.head_dim;
-  for (int32_t i = 0; i < m; i++) {
-    const int8_t *codes = model.embed + args.ids[i] * d;
-    const float scale = model.embed_scale[args.ids[i]];
-    for (int64_t c = team.first(d); c < team.last(d); c++) s.h[i * d + c] = (float)codes[c] * scale;
-  }
-  team.wait();
   int64_t moe = 0;
   for (int32_t l = 0; l < model.num_layers; l++) {
     const L4Layer &layer = model.layers[l];
-    project(team, model, layer, s, s.h, m, 0, s.q, s.k, s.v);
+    project(team, model, layer, s, args.h, m, 0, s.q, s.k, s.v);
     AttendRows rows = {m, model.heads, model.kv_heads, model.head_dim, l, s.q, s.k, s.v, args.pasts};
     // What becomes of a query or key before it is used: turned, normed, scaled.
     const auto finish_head = [&](float *x, int32_t row, int head, bool is_query) {
@@ -421,14 +413,14 @@ void step(Team &team, const L4Model &model, const L4Step &args, const Space &s) 
     const Rows out_rows =
         ready(team, out, heads, m, (int32_t)heads, form_of(layer.o.kind), s.out_rows,
               s.out_rows_size, [&](int32_t i) { merge(team.thread, rows, s.attend, i, out + i * heads); });
-    finish(team, model, layer, s, s.h, m, out_rows,
+    finish(team, model, layer, s, args.h, m, out_rows,
            layer.is_moe && args.router_logits ? args.router_logits + moe * m * model.num_experts
                                               : nullptr,
            layer.is_moe && args.experts ? args.experts + moe * m * model.top_k : nullptr);
     moe += layer.is_moe;
   }
   for (int64_t i = team.first(m); i < team.last(m); i++) {
-    vector.rms_norm(s.h + i * d, model.norm, model.eps, d, args.hidden + i * d);
+    vector.rms_norm(args.h + i * d, model.norm, model.eps, d, args.hidden + i * d);
   }
   team.wait();
   if (team.thread) return;

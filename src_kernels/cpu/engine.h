@@ -22,15 +22,12 @@ typedef struct {
 } L4Layer;
 
 typedef struct {
-  int32_t hidden, heads, kv_heads, head_dim, num_layers, vocab;
+  int32_t hidden, heads, kv_heads, head_dim, num_layers;
   int32_t num_experts, top_k, width, dense_width;  // width: of an expert and of the shared one
   float eps;
   int32_t is_prefetched;  // the file may not be in memory: ask for an expert once it is known
   const L4Layer *layers;
-  const int8_t *embed;        // [V, D]
-  const float *embed_scale;   // [V]
-  const float *norm;          // [D]
-  L4Weight head;
+  const float *norm;  // [D]
 } L4Model;
 
 // What one layer holds of one sequence, in order of position. The last part is the tail, which has
@@ -43,7 +40,7 @@ typedef struct {
 
 typedef struct {
   int32_t num_rows, threads;
-  const int64_t *ids;         // [R]
+  float *h;                   // [R, D]: embeddings; used up
   const float *const *turns;  // [R][2]: complex [H / 2] of the row's position
   const float *temperature;   // [R]: of NoPE layers' queries
   const float *log_length;    // [R]: for scalable softmax

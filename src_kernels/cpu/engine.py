@@ -78,7 +78,6 @@ class Model(Structure):
         ("kv_heads", c_int32),
         ("head_dim", c_int32),
         ("num_layers", c_int32),
-        ("vocab", c_int32),
         ("num_experts", c_int32),
         ("top_k", c_int32),
         ("width", c_int32),
@@ -86,10 +85,7 @@ class Model(Structure):
         ("eps", c_float),
         ("is_prefetched", c_int32),
         ("layers", POINTER(Layer)),
-        ("embed", c_void_p),
-        ("embed_scale", c_void_p),
         ("norm", c_void_p),
-        ("head", Weight),
     )
 
 
@@ -99,7 +95,7 @@ class Step(Structure):
     _fields_ = (
         ("num_rows", c_int32),
         ("threads", c_int32),
-        ("ids", c_void_p),
+        ("h", c_void_p),
         ("turns", c_void_p),
         ("temperature", c_void_p),
         ("log_length", c_void_p),
