@@ -23,6 +23,7 @@ from l4cli.ops.choice import is_reference_forced
 LAYOUT_VERSION = kernels.LAYOUT_VERSION
 ALIGNMENT = 64  # of every block, so of a weight's first byte too
 BLOCK = 16  # outputs that lie together
+SEGMENT = 4  # groups whose scales lie together, in front of their codes
 _FILL = 32  # inputs are filled up to a multiple
 KINDS = {
     "fp32": kernels.FP32,
@@ -60,9 +61,33 @@ class Layout:
         num_entries = _up(self.num_inputs, _FILL) * BLOCK
         if self.kind in _FLOATS:
             return num_entries * _FLOATS[self.kind].itemsize
-        num_scales = self.num_inputs // self.group_size * BLOCK if self.group_size else 2 * BLOCK
-        bits = 4 if self.kind == "int4" else 8
-        return _up(num_entries * bits // 8 + num_scales * (3 if self.has_zero else 2), ALIGNMENT)
+        num_bytes = num_entries // 2 if self.kind == "int4" else num_entries
+        if not self.group_size:
+            return num_bytes + 4 * BLOCK
+        whole, last = divmod(self.num_inputs // self.group_size, SEGMENT)
+        headers = whole * self.header_bytes(SEGMENT) + self.header_bytes(last)
+        return _up(num_bytes + headers, ALIGNMENT)
+
+    def header_bytes(self, num_groups: int) -> int:
+        """Of the scales and zero points in front of the codes of some groups."""
+        return _up(num_groups * BLOCK * (3 if self.has_zero else 2), ALIGNMENT)
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Equal pieces of a block. out: first byte, number of pieces, groups in each"""
+        num_groups = self.num_inputs // self.group_size if self.group_size else 1
+        whole, last = divmod(num_groups, SEGMENT)
+        if not self.group_size:
+            return [(0, 1, 1)]
+        end = whole * self.segment_bytes(SEGMENT)
+        pieces = [(0, whole, SEGMENT), (end, 1, last)]
+        return [piece for piece in pieces if piece[1] and piece[2]]
+
+    def segment_bytes(self, num_groups: int) -> int:
+        """Of some groups with their header."""
+        if not self.group_size:
+            return self.block_bytes
+        codes = num_groups * self.group_size * BLOCK
+        return self.header_bytes(num_groups) + codes // (2 if self.kind == "int4" else 1)
 
     @property
     def num_bytes(self) -> int:
@@ -111,10 +136,11 @@ def lay_out(kind: str, codes_OI: Tensor, scale: Tensor, zero: Tensor | None = No
         scale = scale.bfloat16()
     else:
         scale = scale.float()
-    parts = [codes.transpose(1, 2), _by_block(layout, scale, 0)]
+    codes = codes.transpose(1, 2).reshape(layout.num_blocks, -1)
+    parts = [codes, _by_block(layout, scale, 0)]
     if zero is not None:
         parts.append(_by_block(layout, (zero.to(torch.int16) + 8).to(torch.uint8), 8))
-    return _joined(layout, parts)
+    return _joined(layout, *parts)
 
 
 def lay_out_values(weight_OI: Tensor) -> Tensor:
@@ -125,7 +151,7 @@ def lay_out_values(weight_OI: Tensor) -> Tensor:
     weight = F.pad(weight_OI, (0, fill, 0, layout.num_blocks * BLOCK - layout.num_outputs))
     step = 4 // weight.itemsize  # inputs that make a word of 32 bits
     weight = weight.reshape(-1, BLOCK, weight.shape[1] // step, step)
-    return _joined(layout, [weight.transpose(1, 2)])
+    return weight.transpose(1, 2).contiguous().view(torch.uint8).flatten()
 
 
 def layout_of(kind: str, codes_OI: Tensor, scale: Tensor, zero: Tensor | None = None) -> Layout:
@@ -149,35 +175,59 @@ def _by_block(layout: Layout, values: Tensor, fill: int) -> Tensor:
     return F.pad(values, (0, 0, 0, missing), value=fill).view(-1, BLOCK, values.shape[1]).mT
 
 
-def _joined(layout: Layout, parts: list[Tensor]) -> Tensor:
-    """The parts of each block one after the other, filled up with zeros."""
-    flat = [part.contiguous().view(layout.num_blocks, -1).view(torch.uint8) for part in parts]
-    missing = layout.block_bytes - sum(part.shape[1] for part in flat)
-    return F.pad(torch.cat(flat, 1), (0, missing)).flatten()
+def _joined(layout: Layout, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Segments of scales, zero points and codes. shapes: [blocks, ...] each -> [bytes]"""
+    out, first = [], 0
+    for _, count, num_groups in layout.segments():
+        last = first + count * num_groups
+        share = codes.shape[1] // scale.shape[1]  # bytes of a group
+        headers = [scale[:, first:last]] + ([] if zero is None else [zero[:, first:last]])
+        shape = (layout.num_blocks, count, -1)
+        parts = [part.contiguous().view(torch.uint8).reshape(shape) for part in headers]
+        missing = layout.header_bytes(num_groups) - sum(part.shape[2] for part in parts)
+        parts.append(codes.new_zeros(layout.num_blocks, count, missing if layout.group_size else 0))
+        parts.append(codes[:, first * share : last * share].reshape(shape))
+        out.append(torch.cat(parts, 2).flatten(1))
+        first = last
+    missing = layout.block_bytes - sum(part.shape[1] for part in out)
+    return F.pad(torch.cat(out, 1), (0, missing)).flatten()
 
 
 def take_apart(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points back, exactly. shapes: [bytes] -> as given to `lay_out`"""
-    num_inputs, rows = layout.num_inputs, layout.num_blocks * BLOCK
     blocks = packed.view(layout.num_blocks, layout.block_bytes)
-    is_int4 = layout.kind == "int4"
-    end = _up(num_inputs, _FILL) * BLOCK // (2 if is_int4 else 1)
-    codes = blocks[:, :end].unflatten(1, (-1, BLOCK, 4)).transpose(1, 2)
-    if is_int4:
-        codes = torch.stack([codes & 15, codes >> 4], 3)
-    codes = (codes.reshape(rows, -1).to(torch.int16) - (8 if is_int4 else 128)).to(torch.int8)
-
-    def part(start: int, count: int, dtype: torch.dtype) -> Tensor:
-        bytes_ = blocks[:, start : start + count * BLOCK * dtype.itemsize].contiguous().view(dtype)
-        return bytes_.view(-1, count, BLOCK).mT.reshape(rows, count)[: layout.num_outputs]
-
-    num_groups = num_inputs // layout.group_size if layout.group_size else 1
-    scale = part(end, num_groups, torch.bfloat16 if layout.group_size else torch.float32)
+    codes, scales, zeros = [], [], []
+    for start, count, num_groups in layout.segments():
+        size = layout.segment_bytes(num_groups)
+        pieces = blocks[:, start : start + count * size].unflatten(1, (count, size))
+        end = num_groups * BLOCK * 2 if layout.group_size else 4 * BLOCK
+        shape = (layout.num_blocks, count * num_groups, BLOCK)
+        dtype = torch.bfloat16 if layout.group_size else torch.float32
+        scales.append(pieces[..., :end].contiguous().view(dtype).view(shape))
+        zeros.append(pieces[..., end : end + num_groups * BLOCK].reshape(*shape[:2], -1)[..., :BLOCK])
+        header = layout.header_bytes(num_groups) if layout.group_size else end
+        codes.append(pieces[..., header:].flatten(1))
+    scale = _by_output(layout, torch.cat(scales, 1))
     zero = None
     if layout.has_zero:
-        stored = part(end + num_groups * BLOCK * 2, num_groups, torch.uint8)
-        zero = (stored.to(torch.int16) - 8).to(torch.int8)
-    return codes[: layout.num_outputs, :num_inputs], scale, zero
+        zero = (_by_output(layout, torch.cat(zeros, 1)).to(torch.int16) - 8).to(torch.int8)
+    return _codes(layout, torch.cat(codes, 1)), scale, zero
+
+
+def _codes(layout: Layout, stored: Tensor) -> Tensor:
+    """[blocks, bytes] -> [O, I] int8"""
+    is_int4 = layout.kind == "int4"
+    codes = stored[:, : _up(layout.num_inputs, _FILL) * BLOCK // (2 if is_int4 else 1)]
+    codes = codes.unflatten(1, (-1, BLOCK, 4)).transpose(1, 2)
+    if is_int4:
+        codes = torch.stack([codes & 15, codes >> 4], 3)
+    codes = codes.reshape(layout.num_blocks * BLOCK, -1)[: layout.num_outputs, : layout.num_inputs]
+    return (codes.to(torch.int16) - (8 if is_int4 else 128)).to(torch.int8)
+
+
+def _by_output(layout: Layout, values: Tensor) -> Tensor:
+    """[blocks, groups, 16] -> [O, groups]"""
+    return values.mT.reshape(layout.num_blocks * BLOCK, -1)[: layout.num_outputs]
 
 
 def dequantize(packed: Tensor, layout: Layout) -> Tensor:

@@ -21,7 +21,7 @@ LIBRARY = HERE / "_kernels.so"
 # No -march: the hot functions say themselves what they need, and are chosen at run time.
 # Without errno and traps, roundings become instructions; sums keep their order (no -ffast-math).
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno")
-FLAGS += ("-fno-trapping-math", "-ffp-contract=off", "-Wall")
+FLAGS += ("-fno-trapping-math", "-ffp-contract=off")
 CANDIDATES = ("g++", "c++", "clang++")
 
 

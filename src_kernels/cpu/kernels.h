@@ -35,21 +35,25 @@ inline float from_bf16(uint16_t bits) {
   return pun.f;
 }
 
-// Where the parts of a block of int8 or int4 codes lie.
-struct Parts {
+constexpr int kSegment = 4;  // groups whose scales lie together, in front of their codes
+
+// Scales and zero points of `groups` groups, up to where their codes begin.
+constexpr int64_t header_bytes(int64_t groups, bool has_zero) {
+  return (groups * kBlock * (has_zero ? 3 : 2) + 63) / 64 * 64;
+}
+
+// A segment of a block; `next` walks on. Of int8 without groups the block is one segment.
+struct Segment {
+  const uint8_t* scales;  // [groups][16] bf16; without groups [16] float
+  const uint8_t* zeros;   // [groups][16]
   const uint8_t* codes;
-  const uint8_t* scales;  // bf16 [cols / group][16], or float [16]
-  const uint8_t* zeros;   // null without
-  int32_t span;           // 32-groups that share a scale
+  int64_t groups;
 };
 
-inline Parts parts_of(const Weight& w, int32_t block) {
-  const int64_t codes_bytes = padded(w.cols) * kBlock * (w.kind == L4_INT4 ? 4 : 8) / 8;
-  const uint8_t* data = w.data + block * block_bytes(w);
-  const uint8_t* scales = data + codes_bytes;
-  const bool is_zeroed = w.kind == L4_INT4 && w.has_zero;
-  const uint8_t* zeros = is_zeroed ? scales + w.cols / w.group * kBlock * 2 : nullptr;
-  return {data, scales, zeros, w.group / kGroup};
+inline __attribute__((always_inline)) Segment segment_at(const uint8_t* at, int64_t groups_left,
+                                                         bool has_zero) {
+  const int64_t groups = groups_left < kSegment ? groups_left : kSegment;
+  return {at, at + groups * kBlock * 2, at + header_bytes(groups, has_zero), groups};
 }
 
 }  // namespace l4

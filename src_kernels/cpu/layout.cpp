@@ -7,17 +7,13 @@ static int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t block_bytes(int32_t kind, int32_t cols, int32_t group, int32_t has_zero) {
   const int64_t entries = padded(cols) * kBlock;
-  const int64_t groups = group > 0 ? cols / group * kBlock : 0;
-  switch (kind) {
-    case L4_FP32:
-      return entries * 4;
-    case L4_BF16:
-      return entries * 2;
-    case L4_INT8:
-      return up(entries + (group > 0 ? groups * 2 : kBlock * 4));
-    default:
-      return up(entries / 2 + groups * (has_zero ? 3 : 2));
-  }
+  if (kind == L4_FP32) return entries * 4;
+  if (kind == L4_BF16) return entries * 2;
+  const int64_t codes = kind == L4_INT8 ? entries : entries / 2;
+  if (group == 0) return kBlock * 4 + codes;
+  const int64_t groups = cols / group, whole = groups / kSegment;
+  const int64_t headers = whole * header_bytes(kSegment, has_zero);
+  return up(headers + header_bytes(groups % kSegment, has_zero) + codes);
 }
 
 int64_t weight_bytes(int32_t kind, int32_t rows, int32_t cols, int32_t group, int32_t has_zero) {

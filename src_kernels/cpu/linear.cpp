@@ -8,6 +8,9 @@ namespace l4 {
 namespace {
 
 const Kernels* const kAll[] = {
+#ifdef L4_X86
+    &kAvx512, &kAvx2,
+#endif
     &kPortable};
 
 struct Choice {

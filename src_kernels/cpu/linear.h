@@ -9,11 +9,16 @@
 // are filled up to `padded(cols)` = a multiple of 32, rows to 16. Inside a block, r = 0..15:
 //   fp32  [cols][16]        float
 //   bf16  [cols / 2][16][2] bfloat16
-//   int8  [cols / 4][16][4] code + 128; then scales
-//   int4  [cols / 8][16][4] bytes, byte j = code(k + j) + 8 | (code(k + 4 + j) + 8) << 4; scales
-// scales: group == 0 (int8 only): [16] float, a scale a row; else [cols / group][16] bfloat16,
-// then, if has_zero (int4 only), [cols / group][16] bytes, zero + 8.
+//   int8 without groups: [16] float, a scale a row; then codes
+//   int8, int4 in groups: segments of 4 groups (the last may have fewer), each its scales
+//         [groups][16] bfloat16, then if has_zero (int4 only) [groups][16] bytes, zero + 8, filled
+//         up with zeros to a multiple of 64; then codes. The block is filled up to 64 as well.
+//   codes of int8: [cols / 4][16][4] bytes, code + 128
+//   codes of int4: [cols / 8][16][4] bytes, code(k + j) + 8 | (code(k + 4 + j) + 8) << 4, j = 0..3
 // A weight is (code - zero) * scale. Filled up entries are zero: code = zero = 0, scale = 0.
+// All is read once from front to back: one stream is what a core's prefetcher follows best (scales
+// in a place of their own halved the speed). Weights in huge pages (madvise of anonymous memory)
+// were read half as fast again as in pages of 4 KiB, which a mapped file has.
 #pragma once
 
 #include <cstddef>

@@ -88,7 +88,7 @@ def assert_product(x: Tensor, packed: Tensor, layout: Layout) -> None:
 
 @needs_library
 @pytest.mark.parametrize(("kind", "group", "has_zero"), KINDS)
-@pytest.mark.parametrize(("rows", "cols"), [(16, 128), (48, 384), (1, 256), (37, 1024)])
+@pytest.mark.parametrize(("rows", "cols"), [(16, 128), (48, 640), (1, 256), (37, 1024)])
 def test_products_of_every_version(
     isa: str, kind: str, group: int, has_zero: bool, rows: int, cols: int
 ) -> None:
@@ -136,7 +136,7 @@ def test_zeros_tiny_and_broken_inputs(isa: str, kind: str, group: int, has_zero:
 
 @pytest.mark.parametrize(("kind", "group", "has_zero"), KINDS)
 def test_the_layout_gives_back_what_it_was_given(kind: str, group: int, has_zero: bool) -> None:
-    rows, cols = 21, 256
+    rows, cols = 21, 896
     if kind in ("fp32", "bf16"):
         weight = torch.randn(rows, cols).to(torch.float32 if kind == "fp32" else torch.bfloat16)
         packed = lay_out_values(weight)
@@ -158,7 +158,7 @@ def test_the_layout_gives_back_what_it_was_given(kind: str, group: int, has_zero
 @pytest.mark.parametrize(("kind", "group", "has_zero"), KINDS)
 def test_both_sides_agree_on_sizes(kind: str, group: int, has_zero: bool) -> None:
     assert not isinstance(LIBRARY, str)
-    for rows, cols in ((1, 128), (21, 384), (160, 1024)):
+    for rows, cols in ((1, 128), (21, 384), (160, 1024), (16, 896)):
         layout = Layout(kind, rows, cols, group, has_zero)
         arguments = (weight_only.KINDS[kind], rows, cols, group, has_zero)
         assert LIBRARY.l4_weight_bytes(*arguments) == layout.num_bytes
