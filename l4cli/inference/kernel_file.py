@@ -24,12 +24,12 @@ from torch import Tensor
 
 from l4cli.checkpoint.atomic import replacing
 from l4cli.checkpoint.headers import read_header
+from l4cli.checkpoint.manifest import KERNELS
 from l4cli.errors import L4Error
 from l4cli.model import Llama4Config
 from l4cli.ops.weight_only import LAYOUT_VERSION, Layout
 
 FORMAT = "l4-kernels-1"
-PLACE = Path("l4", "kernels.safetensors")  # in a checkpoint's folder
 PAGE = 4096
 _ENTRY_BYTES = 200  # of a blob in the header, at most
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 14  # of each weights file, to know it again
@@ -146,7 +146,7 @@ def write_beside(
     folder: Path, blobs: Iterable[Blob], num_blobs: int, facts: dict[str, str]
 ) -> Path:
     """Put the file into a checkpoint's folder, whole or not at all. raises: L4Error"""
-    path = folder / PLACE
+    path = folder / KERNELS
     try:
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as file:

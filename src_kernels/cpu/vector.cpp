@@ -1,10 +1,14 @@
 // vector_body.h compiled for each instruction set, and the choice between them.
 #include "vector.h"
 
+#include "linear.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 about its own headers
 #include <immintrin.h>
+#ifndef L4_X86
 #define L4_X86 1
+#endif
 #endif
 
 namespace l4 {
@@ -46,21 +50,24 @@ int64_t attend_scratch(int n, int head_dim) {
   return 8 * kTile + 4 * (int64_t)head_dim;
 }
 
-static const VectorKernels *chosen() {
-#ifdef L4_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return &avx512::table;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::table;
-#endif
-  return &portable::table;
-}
-
+// The same instructions as the linear maps', where this processor has what they need here.
 const VectorKernels &vector_kernels() {
-  static const VectorKernels *const found = chosen();
-  return *found;
+#ifdef L4_X86
+  const char *isa = l4_cpu_isa();
+  if (isa[0] == 'a' && isa[3] == '5') {
+    static const bool is_there = __builtin_cpu_supports("avx512f") &&
+                                 __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512vl") &&
+                                 __builtin_cpu_supports("avx512dq");
+    if (is_there) return avx512::table;
+  }
+  if (isa[0] == 'a') {
+    static const bool is_there = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                 __builtin_cpu_supports("f16c");
+    if (is_there) return avx2::table;
+  }
+#endif
+  return portable::table;
 }
 
 }  // namespace l4
