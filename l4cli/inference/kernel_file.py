@@ -7,6 +7,7 @@ tell the layout's version, the config and the weights it was made from: another 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -124,7 +125,7 @@ def write(file: IO[bytes], blobs: Iterable[Blob], num_blobs: int, facts: dict[st
     for blob in blobs:
         start = end
         for _, part in blob.parts:
-            file.write(part.numpy())
+            file.write(memoryview(part.numpy()))
             end += part.numel()
         fill = -end % PAGE
         file.write(b"\0" * fill)
@@ -145,13 +146,18 @@ def write(file: IO[bytes], blobs: Iterable[Blob], num_blobs: int, facts: dict[st
 def write_beside(
     folder: Path, blobs: Iterable[Blob], num_blobs: int, facts: dict[str, str]
 ) -> Path:
-    """Put the file into a checkpoint's folder, whole or not at all. raises: L4Error"""
+    """Put the file into a checkpoint's folder, whole or not at all.
+
+    raises: PermissionError where nothing may be written, L4Error for a full disk
+    """
     path = folder / KERNELS
     try:
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as file:
             write(file, blobs, num_blobs, facts)
     except OSError as error:
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise PermissionError(*error.args) from error
         why = (error.strerror or str(error)).lower()
         fix = "free some space, or make the folder writable"
         raise L4Error(f"cannot write `{path}`", why=why, fix=fix) from error

@@ -29,13 +29,13 @@ class CheckpointSource:
         """A weight, a norm or a table. raises: L4Error for what is damaged or not finite"""
         key = self.prefix + name
         if f"{key}.weight" in self.stored.tensors:
-            return self._plain(f"{key}.weight")
+            return self.plain(f"{key}.weight")
         head, _, last = key.rpartition(".")
         owner, _, index = head.rpartition(".")
         fused = f"{owner}.{'down_proj' if last == 'down_proj' else 'gate_up_proj'}"
         if index.isdigit() and fused in self.stored.tensors:
             return self._of_fused(fused, int(index), last)
-        return self._plain(key)  # a bare parameter, as a softmax's scale
+        return self.plain(key)  # a bare parameter, as a softmax's scale
 
     def _of_fused(self, key: str, expert: int, proj: str) -> Tensor:
         """One expert's map. shapes: stored [E, in, out], gate columns before up -> [O, I]"""
@@ -45,7 +45,8 @@ class CheckpointSource:
             weight_IO = file.get_slice(key)[expert, :, part.get(proj, slice(0, columns))]
         return self._finite(key, weight_IO.T)
 
-    def _plain(self, key: str) -> Tensor:
+    def plain(self, key: str) -> Tensor:
+        """A tensor by its stored name."""
         with self._open(key) as file:
             return self._finite(key, file.get_tensor(key))
 

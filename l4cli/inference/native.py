@@ -75,6 +75,11 @@ class NativeModel:
     def eval(self) -> NativeModel:
         return self
 
+    @property
+    def instructions(self) -> str:
+        """The processor's, that are used."""
+        return str(self.library.l4_cpu_isa().decode())
+
     def parameters(self) -> Iterator[Tensor]:
         """Something that tells the device."""
         yield self.device_probe

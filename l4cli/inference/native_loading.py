@@ -6,6 +6,8 @@ in: a checkpoint folder or a model; out: `NativeModel`, or the reason why there 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from l4cli.checkpoint import load_config, load_weights
 from l4cli.checkpoint.hf_keys import TEXT_PREFIX
 from l4cli.checkpoint.manifest import KERNELS
+from l4cli.checkpoint.stored import CONFIG
 from l4cli.inference.kernel_blobs import Choose, ModelSource, blobs, keep, num_blobs
 from l4cli.inference.kernel_file import (
+    Blob,
     config_fingerprint,
     in_memory,
     is_current,
@@ -25,8 +29,9 @@ from l4cli.inference.kernel_file import (
     write_beside,
 )
 from l4cli.inference.kernel_source import CheckpointSource
-from l4cli.inference.native import NativeModel
+from l4cli.inference.native import NativeModel, why_not
 from l4cli.model import Llama4Config, build_model
+from l4cli.planning import available_memory
 
 FINGERPRINT_ELEMENTS = 4096  # of each tensor that tells models apart
 
@@ -77,46 +82,84 @@ def native_from_model(
     return NativeModel(open_file(path), config, vision)
 
 
+def find_native(
+    folder: Path, config: Llama4Config, on_making: Callable[[], None] | None = None
+) -> NativeModel | str:
+    """A checkpoint's model in C++, or why torch must run it.
+
+    The file is made where it is missing for weights stored in codes; plain weights that have none
+    are torch's. `on_making` hears when it takes a while.
+    """
+    reason = why_not()
+    if reason is not None:
+        return reason
+    if not is_current(folder / KERNELS, config, folder):
+        if not is_quantized_folder(folder):
+            return "its weights are not quantized"
+        if on_making is not None:
+            on_making()
+        try:
+            make_file(folder)
+        except PermissionError:
+            weights = in_memory(*_of_folder(folder))
+            return NativeModel(weights, config, _vision(folder, config))
+    return open_native(folder, config)
+
+
 def make_file(folder: Path, choose: Choose = keep) -> Path:
-    """Write the file beside a checkpoint, a weight at a time. raises: L4Error"""
+    """Write the file beside a checkpoint, a weight at a time. raises: L4Error, PermissionError"""
+    return write_beside(folder, *_of_folder(folder, choose))
+
+
+def open_native(folder: Path, config: Llama4Config) -> NativeModel:
+    """Map the file beside a checkpoint."""
+    weights = open_file(folder / KERNELS)
+    model = NativeModel(weights, config, _vision(folder, config))
+    # Pages that are not in memory are asked for as soon as the router has spoken.
+    model.model.is_prefetched = weights.size_bytes > available_memory("cpu")
+    return model
+
+
+def is_quantized_folder(folder: Path) -> bool:
+    """Whether a checkpoint's weights are stored in codes."""
+    try:
+        keys = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(keys, dict) and bool(keys.get("quantization_config"))
+
+
+def _of_folder(folder: Path, choose: Choose = keep) -> tuple[Iterator[Blob], int, dict[str, str]]:
     config, source = load_config(folder), CheckpointSource(folder)
     facts = {
         "config": config_fingerprint(config),
         "source": source_fingerprint(folder),
-        "model_id": _stored_id(source),
+        "model_id": _stored_id(source, config),
         "compute_dtype": "bf16",
         "is_exact": "0",
     }
-    return write_beside(folder, blobs(source, config, choose), num_blobs(config), facts)
+    return blobs(source, config, choose), num_blobs(config), facts
 
 
-def open_native(folder: Path, config: Llama4Config) -> NativeModel:
-    """Map the file beside a checkpoint; pictures are encoded by torch, in bf16."""
-    vision = None
-    if config.vision is not None:
-        vision = build_model(config, device="meta")
-        load_weights(
-            vision,
-            folder,
-            dtype=torch.bfloat16,
-            only=lambda name: not name.startswith(TEXT_PREFIX),
-        )
-        vision.compute_dtype = torch.bfloat16
-    return NativeModel(open_file(folder / KERNELS), config, vision)
+def _vision(folder: Path, config: Llama4Config) -> Any:
+    """The picture half in torch, in bf16; the text half stays without weights."""
+    if config.vision is None:
+        return None
+    model = build_model(config, device="meta")
+    load_weights(
+        model, folder, dtype=torch.bfloat16, only=lambda name: not name.startswith(TEXT_PREFIX)
+    )
+    model.compute_dtype = torch.bfloat16
+    return model
 
 
-def has_file(folder: Path, config: Llama4Config) -> bool:
-    """Whether a file is there that was made from these very weights by this version."""
-    return is_current(folder / KERNELS, config, folder)
-
-
-def _stored_id(source: CheckpointSource) -> str:
+def _stored_id(source: CheckpointSource, config: Llama4Config) -> str:
     """`weights_id` of a checkpoint, tensor by tensor."""
     identity = Identity()
-    prefix = TEXT_PREFIX if source.has_vision and not source.prefix else ""
-    names = {prefix + key: key for key in source.stored.tensors}
-    for name, key in sorted(names.items()):
-        entry = source.stored.tensors[key]
-        if len(entry.shape) == 1 or name.endswith("embed_tokens.weight"):
+    for name, parameter in sorted(build_model(config, device="meta").named_parameters()):
+        if parameter.ndim == 1 or name.endswith("embed_tokens.weight"):
+            bare = name.removeprefix(TEXT_PREFIX)
+            names = (name, TEXT_PREFIX + name, bare)
+            key = next((key for key in names if key in source.stored.tensors), name)
             identity.add(name, source.plain(key))
     return identity.digest.hexdigest()
