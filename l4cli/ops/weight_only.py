@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import src_kernels.cpu as kernels
-from l4cli.errors import L4Error
+from l4cli import terminal
+from l4cli.errors import L4Error, UsageError
 from l4cli.ops.choice import is_reference_forced
 
 LAYOUT_VERSION = kernels.LAYOUT_VERSION
@@ -204,12 +205,13 @@ def take_apart(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor |
         shape = (layout.num_blocks, count * num_groups, BLOCK)
         dtype = torch.bfloat16 if layout.group_size else torch.float32
         scales.append(pieces[..., :end].contiguous().view(dtype).view(shape))
-        zeros.append(pieces[..., end : end + num_groups * BLOCK].reshape(*shape[:2], -1)[..., :BLOCK])
+        if layout.has_zero:
+            zeros.append(pieces[..., end : end + num_groups * BLOCK].reshape(shape))
         header = layout.header_bytes(num_groups) if layout.group_size else end
         codes.append(pieces[..., header:].flatten(1))
     scale = _by_output(layout, torch.cat(scales, 1))
     zero = None
-    if layout.has_zero:
+    if zeros:
         zero = (_by_output(layout, torch.cat(zeros, 1)).to(torch.int16) - 8).to(torch.int8)
     return _codes(layout, torch.cat(codes, 1)), scale, zero
 
@@ -246,13 +248,27 @@ def dequantize(packed: Tensor, layout: Layout) -> Tensor:
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot run; None when they can."""
+    """Why the kernels cannot run; None when they can. raises: UsageError for a bad L4_CPU_ISA"""
     if is_reference_forced():
         return "forced by `L4_OPS=reference`"
     if device.type != "cpu":
         return f"{device.type} has kernels of its own"
     library = kernels.load()
-    return library if isinstance(library, str) else None
+    if isinstance(library, str):
+        return library
+    unknown = library.l4_cpu_isa_error()
+    if unknown:
+        word = unknown.decode()
+        why = "this variable forces a version of the CPU kernels that this processor can run"
+        fix = f"one of avx512, avx2, portable; unset, it is {library.l4_cpu_isa().decode()}"
+        raise UsageError(f"cannot use `L4_CPU_ISA={word}`", why=why, fix=fix)
+    return None
+
+
+@functools.cache
+def _say_slow(reason: str) -> None:
+    """Once: a slow way that nobody asked for is no secret."""
+    terminal.warn(f"CPU kernels are missing, torch answers instead: {reason}")
 
 
 def version() -> tuple[str, str]:
@@ -269,17 +285,28 @@ def _library() -> CDLL:
     return library
 
 
-def linear(x: Tensor, packed: Tensor, layout: Layout) -> Tensor:
-    """x @ weight.T on the bytes as they are. No gradients. shapes: [..., I] -> [..., O]"""
-    if why_not(x.device) is not None:
-        return reference_linear(x, packed, layout)
+def linear(x: Tensor, packed: Tensor, layout: Layout, index: Tensor | None = None) -> Tensor:
+    """x @ weight.T on the bytes as they are. No gradients.
+
+    shapes: [..., I] -> [..., O]; with index [R] (int32), of rows of x [M, I]: -> [R, O]
+    """
+    reason = why_not(x.device)
+    if reason is not None:
+        if x.device.type == "cpu" and not is_reference_forced():
+            _say_slow(reason)
+        return reference_linear(x, packed, layout, index)
     assert packed.is_contiguous()
     assert packed.numel() == layout.num_bytes
     assert packed.data_ptr() % ALIGNMENT == 0
     assert x.shape[-1] == layout.num_inputs
     rows = x.detach().float().reshape(-1, layout.num_inputs).contiguous()
-    y = torch.empty(rows.shape[0], layout.num_outputs)
-    library, num_rows = _library(), rows.shape[0]
+    num_rows = num_out = rows.shape[0]
+    if index is not None:
+        assert index.dtype == torch.int32
+        assert index.is_contiguous()
+        num_out = len(index)
+    y = torch.empty(num_out, layout.num_outputs)
+    library = _library()
     weight = kernels.Weight(
         packed.data_ptr(),
         KINDS[layout.kind],
@@ -290,20 +317,25 @@ def linear(x: Tensor, packed: Tensor, layout: Layout) -> Tensor:
     )
     size = library.l4_rows_bytes(num_rows, layout.num_inputs, _FORMS[layout.kind])
     scratch = torch.empty(size, dtype=torch.uint8)  # torch aligns to 64
-    failed = library.l4_linear(
+    failed = library.l4_linear_at(
         byref(weight),
         rows.data_ptr(),
         layout.num_inputs,
         num_rows,
+        None if index is None else index.data_ptr(),
+        num_out,
         y.data_ptr(),
         layout.num_outputs,
         scratch.data_ptr(),
         torch.get_num_threads(),
     )
     assert not failed, layout
-    return y.view(*x.shape[:-1], layout.num_outputs).to(x.dtype)
+    shape = (num_out,) if index is not None else x.shape[:-1]
+    return y.view(*shape, layout.num_outputs).to(x.dtype)
 
 
-def reference_linear(x: Tensor, packed: Tensor, layout: Layout) -> Tensor:
+def reference_linear(
+    x: Tensor, packed: Tensor, layout: Layout, index: Tensor | None = None
+) -> Tensor:
     """The same from the weight the bytes stand for, in x's dtype."""
-    return F.linear(x, dequantize(packed, layout).to(x.dtype))
+    return F.linear(x if index is None else x[index], dequantize(packed, layout).to(x.dtype))

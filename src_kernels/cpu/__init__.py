@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from src_kernels.cpu.compiling import LIBRARY, compile_in_cache
@@ -30,6 +30,8 @@ class Weight(ctypes.Structure):
     )
 
 
+_GIVEN = (POINTER(Weight), c_void_p, c_int64, c_int32)  # weight, rows, their stride and number
+_TO = (c_void_p, c_int64, c_void_p, c_int32)  # y, its stride, scratch, threads
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "l4_layout_version": (c_int32, []),
     "l4_cpu_isa": (c_char_p, []),
@@ -37,27 +39,33 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "l4_cpu_use_isa": (c_int32, [c_char_p]),
     "l4_weight_bytes": (c_int64, [c_int32] * 5),
     "l4_rows_bytes": (c_int64, [c_int32] * 3),
-    "l4_linear": (
-        c_int32,
-        [POINTER(Weight), c_void_p, c_int64, c_int32, c_void_p, c_int64, c_void_p, c_int32],
-    ),
+    "l4_linear": (c_int32, [*_GIVEN, *_TO]),
+    "l4_linear_at": (c_int32, [*_GIVEN, c_void_p, c_int32, *_TO]),
+    "l4_read": (c_uint64, [c_void_p, c_int64, c_int32]),
 }
 
 
 @functools.cache
 def load() -> ctypes.CDLL | str:
     """The library; a reason when it cannot be had. Compiles into the user's cache if it must."""
-    path: Path | str = LIBRARY if LIBRARY.exists() else compile_in_cache()
-    if isinstance(path, str):
-        return path
+    installed = _open(LIBRARY) if LIBRARY.exists() else "not installed with the package"
+    if not isinstance(installed, str):
+        return installed
+    made = compile_in_cache()
+    if isinstance(made, str):
+        return f"{installed}, and {made}"
+    return _open(made)
+
+
+def _open(path: Path) -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(path))
-        version = library.l4_layout_version()
-        if version != LAYOUT_VERSION:
-            return f"`{path}` is of another version ({version}, not {LAYOUT_VERSION})"
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return f"cannot load `{path}`: {error}"
+    version = library.l4_layout_version()
+    if version != LAYOUT_VERSION:
+        return f"`{path}` is of another version ({version}, not {LAYOUT_VERSION})"
     return library

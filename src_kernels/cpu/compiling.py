@@ -20,8 +20,10 @@ HERE = Path(__file__).parent
 LIBRARY = HERE / "_kernels.so"
 # No -march: the hot functions say themselves what they need, and are chosen at run time.
 # Without errno and traps, roundings become instructions; sums keep their order (no -ffast-math).
-FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno")
-FLAGS += ("-fno-trapping-math", "-ffp-contract=off")
+FLAGS: tuple[str, ...] = (
+    *("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-w"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+)
 CANDIDATES = ("g++", "c++", "clang++")
 
 
@@ -81,7 +83,7 @@ def compile_in_cache() -> Path | str:
     if target.exists():
         return target
     if compiler() is None:
-        return "not installed with the package, and no C++ compiler found"
+        return "no C++ compiler found"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target.with_suffix(".lock"), "w") as lock:
@@ -89,4 +91,4 @@ def compile_in_cache() -> Path | str:
             failure = None if target.exists() else compile_library(target)
     except OSError as error:
         failure = str(error)
-    return f"not installed with the package, and {failure}" if failure else target
+    return failure or target

@@ -76,21 +76,45 @@ int64_t l4_rows_bytes(int32_t m, int32_t k, int32_t forms) {
 
 int32_t l4_linear(const L4Weight* weight, const float* x, int64_t ldx, int32_t m, float* y,
                   int64_t ldy, void* scratch, int32_t threads) {
+  return l4_linear_at(weight, x, ldx, m, nullptr, m, y, ldy, scratch, threads);
+}
+
+int32_t l4_linear_at(const L4Weight* weight, const float* x, int64_t ldx, int32_t num_rows,
+                     const int32_t* index, int32_t m, float* y, int64_t ldy, void* scratch,
+                     int32_t threads) {
   const Weight& w = *weight;
   if (!weight_bytes(w.kind, w.rows, w.cols, w.group, w.has_zero)) return -1;
-  const int64_t count = threads < 1 ? 1 : threads, blocks = num_blocks(w);
+  const int64_t count = threads < 1 ? 1 : threads, blocks = num_blocks(w), given = num_rows;
   Rows rows;
-  place_rows(rows, x, ldx, m, w.cols, form_of(w.kind), scratch);
+  place_rows(rows, x, ldx, num_rows, w.cols, form_of(w.kind), scratch);
+  Rows named = rows;
+  named.m = m;
+  named.index = index;
 #pragma omp parallel num_threads(static_cast<int>(count)) if (count > 1)
   {
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < count; part++) {
-      prepare_rows(rows, m * part / count, m * (part + 1) / count);
+      prepare_rows(rows, given * part / count, given * (part + 1) / count);
     }
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < count; part++) {
-      linear_blocks(w, rows, y, ldy, blocks * part / count, blocks * (part + 1) / count);
+      linear_blocks(w, named, y, ldy, blocks * part / count, blocks * (part + 1) / count);
     }
   }
   return 0;
+}
+
+uint64_t l4_read(const void* data, int64_t bytes, int32_t threads) {
+  const uint64_t* words = static_cast<const uint64_t*>(data);
+  const int64_t count = threads < 1 ? 1 : threads, lines = bytes / 64;
+  uint64_t sum = 0;
+#pragma omp parallel for num_threads(static_cast<int>(count)) if (count > 1) reduction(+ : sum)
+  for (int64_t part = 0; part < count; part++) {
+    uint64_t lane[8] = {};
+    for (int64_t i = lines * part / count; i < lines * (part + 1) / count; i++) {
+      for (int j = 0; j < 8; j++) lane[j] += words[8 * i + j];
+    }
+    for (int j = 0; j < 8; j++) sum += lane[j];
+  }
+  return sum;
 }

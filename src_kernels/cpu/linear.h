@@ -108,4 +108,10 @@ int64_t l4_rows_bytes(int32_t m, int32_t k, int32_t forms);
 // of 64, of the weight's form. 0, or -1 for a weight that cannot be.
 int32_t l4_linear(const L4Weight* weight, const float* x, int64_t ldx, int32_t m, float* y,
                   int64_t ldy, void* scratch, int32_t threads);
+// The same for the `m` rows that `index` names among x's `num_rows`: the tokens of one expert.
+int32_t l4_linear_at(const L4Weight* weight, const float* x, int64_t ldx, int32_t num_rows,
+                     const int32_t* index, int32_t m, float* y, int64_t ldy, void* scratch,
+                     int32_t threads);
+// Read memory from front to back, each thread its share: the ceiling of what a weight can do.
+uint64_t l4_read(const void* data, int64_t bytes, int32_t threads);
 }

@@ -70,10 +70,22 @@ L4_AVX512_INLINE __m512i start_of(__m512i zero, const int32_t* minus_sum) {
   return _mm512_slli_epi32(minus, BITS == 4 ? 3 : 7);
 }
 
+// With many tokens the prefetcher falls behind the products of a group: lines are asked for by
+// hand, from about as far as memory answers. With few it is ahead, and asking only costs.
+template <int BYTES, int T>
+L4_AVX512_INLINE void prefetch(const uint8_t* codes) {
+  if (T <= 4) return;
+#pragma GCC unroll 8
+  for (int i = 0; i < BYTES; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + 2048 + i, _MM_HINT_T0);
+  }
+}
+
 // T tokens times 32 inputs, added to the tokens' sums. SCALED: the group has scales.
 template <int BITS, bool SCALED, bool ZERO, int T>
 L4_AVX512_INLINE void add_group(const uint8_t* codes, __m512 scale, __m512i zero,
                                 const Token* token, int64_t g, __m512* sum) {
+  prefetch<BITS * 64, T>(codes);
   __m512i w[8];
   if (!(T == 1 && BITS == 4)) unpack<BITS>(codes, w);
   // Four tokens side by side: a chain of dependent products is longer than its latency.
@@ -235,80 +247,106 @@ L4_AVX512 void prepare(Rows& rows, int32_t first_row, int32_t last_row) {
   round_rows(rows, first_row, last_row);
 }
 
-// Floats: inputs take turns at two sums, so that the products of one token are no single chain.
-// The order in which a result is added up is the same in every tile.
-template <int T>
-L4_AVX512 void tile_fp32(const uint8_t* data, const void* const* token, int64_t k, __m512* out) {
-  __m512 even[T], odd[T];
-  for (int t = 0; t < T; t++) even[t] = odd[t] = _mm512_setzero_ps();
+// Floats: T tokens times NB blocks; inputs take turns at two sums, so that the products of one
+// token are no single chain. The order in which a result is added up is the same in every tile.
+template <int T, int NB>
+L4_AVX512 void tile_fp32(const uint8_t* data, int64_t bytes, const void* const* token, int64_t k,
+                         __m512* out) {
+  __m512 even[T * NB], odd[T * NB];
+  for (int i = 0; i < T * NB; i++) even[i] = odd[i] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + 1 < k; i += 2, data += 128) {
-    const __m512 w0 = _mm512_loadu_ps(data), w1 = _mm512_loadu_ps(data + 64);
 #pragma GCC unroll 12
     for (int t = 0; t < T; t++) {
       const float* x = static_cast<const float*>(token[t]) + i;
-      even[t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(x[0]), even[t]);
-      odd[t] = _mm512_fmadd_ps(w1, _mm512_set1_ps(x[1]), odd[t]);
+      const __m512 x0 = _mm512_set1_ps(x[0]), x1 = _mm512_set1_ps(x[1]);
+#pragma GCC unroll 2
+      for (int b = 0; b < NB; b++) {
+        const int at = t * NB + b;
+        even[at] = _mm512_fmadd_ps(_mm512_loadu_ps(data + b * bytes), x0, even[at]);
+        odd[at] = _mm512_fmadd_ps(_mm512_loadu_ps(data + b * bytes + 64), x1, odd[at]);
+      }
     }
   }
-  for (int t = 0; t < T; t++) {
+  for (int at = 0; at < T * NB; at++) {
     if (i < k) {
-      const __m512 x = _mm512_set1_ps(static_cast<const float*>(token[t])[i]);
-      even[t] = _mm512_fmadd_ps(_mm512_loadu_ps(data), x, even[t]);
+      const __m512 x = _mm512_set1_ps(static_cast<const float*>(token[at / NB])[i]);
+      even[at] = _mm512_fmadd_ps(_mm512_loadu_ps(data + at % NB * bytes), x, even[at]);
     }
-    out[t] = _mm512_add_ps(even[t], odd[t]);
+    out[at] = _mm512_add_ps(even[at], odd[at]);
   }
 }
 
 // Without bf16 instructions: a word of two inputs is taken apart. k counts words, an even number.
-template <int T>
-L4_AVX512 void tile_wide(const uint8_t* data, const void* const* token, int64_t k, __m512* out) {
+template <int T, int NB>
+L4_AVX512 void tile_wide(const uint8_t* data, int64_t bytes, const void* const* token, int64_t k,
+                         __m512* out) {
   const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  __m512 even[T], odd[T];
-  for (int t = 0; t < T; t++) even[t] = odd[t] = _mm512_setzero_ps();
+  __m512 even[T * NB], odd[T * NB];
+  for (int i = 0; i < T * NB; i++) even[i] = odd[i] = _mm512_setzero_ps();
   for (int64_t i = 0; i < k; i++, data += 64) {
-    const __m512i w = load(data);
-    const __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-    const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(w, top));
+    __m512 w0[NB], w1[NB];
+#pragma GCC unroll 2
+    for (int b = 0; b < NB; b++) {
+      const __m512i w = load(data + b * bytes);
+      w0[b] = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+      w1[b] = _mm512_castsi512_ps(_mm512_and_si512(w, top));
+    }
 #pragma GCC unroll 12
     for (int t = 0; t < T; t++) {
       const __m512i x = word(static_cast<const uint16_t*>(token[t]) + 2 * i);
       const __m512 x0 = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
       const __m512 x1 = _mm512_castsi512_ps(_mm512_and_si512(x, top));
-      even[t] = _mm512_fmadd_ps(w0, x0, even[t]);
-      odd[t] = _mm512_fmadd_ps(w1, x1, odd[t]);
+#pragma GCC unroll 2
+      for (int b = 0; b < NB; b++) {
+        even[t * NB + b] = _mm512_fmadd_ps(w0[b], x0, even[t * NB + b]);
+        odd[t * NB + b] = _mm512_fmadd_ps(w1[b], x1, odd[t * NB + b]);
+      }
     }
   }
-  for (int t = 0; t < T; t++) out[t] = _mm512_add_ps(even[t], odd[t]);
+  for (int i = 0; i < T * NB; i++) out[i] = _mm512_add_ps(even[i], odd[i]);
 }
 
-template <int T>
-L4_AVX512_BF16 void tile_bf16(const uint8_t* data, const void* const* token, int64_t k,
-                              __m512* out) {
-  __m512 even[T], odd[T];
-  for (int t = 0; t < T; t++) even[t] = odd[t] = _mm512_setzero_ps();
+template <int T, int NB>
+L4_AVX512_BF16 void tile_bf16(const uint8_t* data, int64_t bytes, const void* const* token,
+                              int64_t k, __m512* out) {
+  __m512 even[T * NB], odd[T * NB];
+  for (int i = 0; i < T * NB; i++) even[i] = odd[i] = _mm512_setzero_ps();
   for (int64_t i = 0; i < k; i += 2, data += 128) {
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(data);
-    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(data + 64);
+    __m512bh w0[NB], w1[NB];
+#pragma GCC unroll 2
+    for (int b = 0; b < NB; b++) {
+      w0[b] = (__m512bh)_mm512_loadu_si512(data + b * bytes);
+      w1[b] = (__m512bh)_mm512_loadu_si512(data + b * bytes + 64);
+    }
 #pragma GCC unroll 12
     for (int t = 0; t < T; t++) {
       int32_t x[2];
       std::memcpy(x, static_cast<const uint16_t*>(token[t]) + 2 * i, 8);
-      even[t] = _mm512_dpbf16_ps(even[t], w0, (__m512bh)_mm512_set1_epi32(x[0]));
-      odd[t] = _mm512_dpbf16_ps(odd[t], w1, (__m512bh)_mm512_set1_epi32(x[1]));
+      const __m512bh x0 = (__m512bh)_mm512_set1_epi32(x[0]);
+      const __m512bh x1 = (__m512bh)_mm512_set1_epi32(x[1]);
+#pragma GCC unroll 2
+      for (int b = 0; b < NB; b++) {
+        even[t * NB + b] = _mm512_dpbf16_ps(even[t * NB + b], w0[b], x0);
+        odd[t * NB + b] = _mm512_dpbf16_ps(odd[t * NB + b], w1[b], x1);
+      }
     }
   }
-  for (int t = 0; t < T; t++) out[t] = _mm512_add_ps(even[t], odd[t]);
+  for (int i = 0; i < T * NB; i++) out[i] = _mm512_add_ps(even[i], odd[i]);
 }
 
-using TileFloats = void (*)(const uint8_t*, const void* const*, int64_t, __m512*);
+using TileFloats = void (*)(const uint8_t*, int64_t, const void* const*, int64_t, __m512*);
 
-#define L4_TILES(tile)                                                                        \
-  {tile<1>, tile<2>, tile<3>, tile<4>,  tile<5>,  tile<6>,                                    \
-   tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>}
-constexpr int kFloatTile = 12;
-constexpr TileFloats kFp32[] = L4_TILES(tile_fp32), kWide[] = L4_TILES(tile_wide),
-                     kBf16[] = L4_TILES(tile_bf16);
+// One block at a time is one stream from memory; two side by side use a token's input twice.
+#define L4_TILES(tile)                                                                         \
+  {                                                                                            \
+    {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>, tile<5, 1>, tile<6, 1>}, {                \
+      tile<1, 2>, tile<2, 2>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>                   \
+    }                                                                                          \
+  }
+constexpr int kFloatTile = 6, kPairsFrom = 4;
+constexpr TileFloats kFp32[2][6] = L4_TILES(tile_fp32), kWide[2][6] = L4_TILES(tile_wide),
+                     kBf16[2][6] = L4_TILES(tile_bf16);
 
 bool has_bf16() {
   static const bool found = __builtin_cpu_supports("avx512bf16");
@@ -318,13 +356,15 @@ bool has_bf16() {
 L4_AVX512 void linear_floats(const Weight& weight, const Rows& rows, const Target& to,
                              int32_t first_block, int32_t last_block) {
   const bool is_fp32 = weight.kind == L4_FP32;
-  const TileFloats* tiles = is_fp32 ? kFp32 : has_bf16() ? kBf16 : kWide;
+  const auto& tiles = is_fp32 ? kFp32 : has_bf16() ? kBf16 : kWide;
   const int64_t bytes = block_bytes(weight), k = is_fp32 ? rows.k : padded(rows.k) / 2;
   const int32_t at_once = tokens_at_once(k * 4);
   for (int32_t start = 0; start < rows.m; start += at_once) {
     const int32_t end = rows.m - start < at_once ? rows.m : start + at_once;
     const int32_t width = tile_of(end - start, kFloatTile);
-    for (int32_t block = first_block; block < last_block; block++) {
+    int32_t step;
+    for (int32_t block = first_block; block < last_block; block += step) {
+      step = width >= kPairsFrom && block + 1 < last_block ? 2 : 1;
       const uint8_t* data = weight.data + block * bytes;
       for (int32_t first = start; first < end; first += width) {
         const int32_t count = end - first < width ? end - first : width;
@@ -334,9 +374,11 @@ L4_AVX512 void linear_floats(const Weight& weight, const Rows& rows, const Targe
           token[t] = is_fp32 ? static_cast<const void*>(rows.x + row * rows.ldx)
                              : rows.bf16 + row * rows.bf16_stride;
         }
-        __m512 sum[kFloatTile];
-        tiles[count - 1](data, token, k, sum);
-        for (int32_t t = 0; t < count; t++) store(to, first + t, block, sum[t]);
+        __m512 sum[2 * kFloatTile];
+        tiles[step - 1][count - 1](data, bytes, token, k, sum);
+        for (int32_t i = 0; i < count * step; i++) {
+          store(to, first + i / step, block + i % step, sum[i]);
+        }
       }
     }
   }
