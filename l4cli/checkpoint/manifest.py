@@ -17,7 +17,6 @@ from l4cli.errors import L4Error
 
 MANIFEST = "l4/manifest.json"
 KERNELS = "l4/kernels.safetensors"  # made from the weights at any time, where no reader looks
-_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,8 @@ class Problem:
 
 def hash_file(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from l4cli.checkpoint import StoredWeights, open_weights
 from l4cli.checkpoint.hf_keys import TEXT_PREFIX
+from l4cli.checkpoint.quantized import is_quantized, read_quantized
 from l4cli.errors import L4Error
 from l4cli.quantization import QuantizedWeight
 
@@ -28,6 +29,8 @@ class CheckpointSource:
     def read(self, name: str) -> Tensor | QuantizedWeight:
         """A weight, a norm or a table. raises: L4Error for what is damaged or not finite"""
         key = self.prefix + name
+        if is_quantized(self.stored, key):
+            return read_quantized(self.stored, key)
         if f"{key}.weight" in self.stored.tensors:
             return self.plain(f"{key}.weight")
         head, _, last = key.rpartition(".")
