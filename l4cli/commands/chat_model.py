@@ -20,6 +20,8 @@ from l4cli.checkpoint import load_config, load_model, open_weights, resolve_chec
 from l4cli.data.geometry import PictureGeometry, read_processor_files
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, SamplingOptions, pack_weights
+from l4cli.inference.native import NativeModel
+from l4cli.inference.native_loading import find_native, is_quantized_folder
 from l4cli.model import Llama4Config, count_parameters
 from l4cli.planning import available_memory
 from l4cli.text import Tokenizer, load_tokenizer
@@ -75,13 +77,34 @@ def load(checkpoint: Path | None, device: str, dtype: str, *, is_raw: bool) -> C
         _require_chat_format(folder, tokenizer)
     geometry = geometry_of(folder, tokenizer, config)
     generation = _generation(folder, config)
-    _require_memory(folder, dtype, place)
-    model = load_model(folder, device=place, dtype=DTYPES[dtype])
-    reason = pack_weights(model)
-    if reason is not None and place.type == "cpu":
-        terminal.say(f"decoding from plain weights: {reason}")
+    model: Any = native_model(folder, config, place, dtype)
+    if model is None:
+        _require_memory(folder, dtype, place)
+        model = load_model(folder, device=place, dtype=DTYPES[dtype])
+        reason = pack_weights(model)
+        if reason is not None and place.type == "cpu":
+            terminal.say(f"decoding from plain weights: {reason}")
     engine = Engine(model, num_token_ids=tokenizer.vocab_size)
     return ChatModel(folder, tokenizer, engine, geometry, generation)
+
+
+def native_model(
+    folder: Path, config: Llama4Config, device: torch.device, dtype: str
+) -> NativeModel | None:
+    """The checkpoint in C++ where it can be, and `dtype` leaves the choice; says which runs."""
+    if device.type != "cpu" or dtype != "auto":
+        return None
+
+    def on_making() -> None:
+        terminal.say(f"laying out the weights of `{folder}` for this processor, once")
+
+    found = find_native(folder, config, on_making)
+    if isinstance(found, str):
+        if is_quantized_folder(folder):
+            terminal.say(f"quantized weights run in torch: {found}")
+        return None
+    terminal.say(f"quantized weights run in C++ ({found.instructions})")
+    return found
 
 
 @contextmanager
