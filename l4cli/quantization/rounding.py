@@ -1,7 +1,7 @@
 """Round a weight into a format, with the scales its values span or with searched ones.
 
 in: a weight [O, I], a `WeightFormat`, perhaps how much each input counts; out: `QuantizedWeight`
-source: compressed-tensors' calculate_qparams and quantize; Badri and Shaji 2023 (half-quadratic)
+source: compressed-tensors' calculate_qparams and quantize (0.20)
 
 Everything works on groups [R, G]: R sets of G values that share a scale.
 """
@@ -22,8 +22,6 @@ _CHUNK_VALUES = 1 << 18
 _SHRINK = (1.15, 1.07, 1.0, 0.97, 0.93, 0.89, 0.85, 0.8, 0.75, 0.7)
 _FP8_SHRINK = tuple(2 ** (i / 8) for i in range(8))  # a binade: beyond it the grid repeats
 _REFITS = 2
-_HALF_QUADRATIC_STEPS = 4
-_NORM = 0.7  # errors count by this power, so that few outliers do not move the zero point
 
 
 def code_range(format: WeightFormat) -> tuple[float, float]:
@@ -231,33 +229,12 @@ def _search_scale(best: _Best) -> None:
 
 
 def _search_range(best: _Best) -> None:
-    """Shrink the range, then move the zero point by half-quadratic steps."""
+    """Shrink the range. With whole zero points this comes within 3% of the least squared error of a
+    grid of all scales and zero points; half-quadratic steps moved none (measured, groups of 32).
+    """
     low, high = best.groups.aminmax(dim=1, keepdim=True)
     for factor in _SHRINK[2:]:
         best.offer(*_scales_of_range(low * factor, high * factor, best.format))
-    best.offer(*_half_quadratic(best))
-
-
-def _half_quadratic(best: _Best) -> tuple[Tensor, Tensor]:
-    """The zero point that fits when a few large errors are set aside, in units of the scale."""
-    assert best.zero is not None
-    values = best.groups / best.scale
-    least, greatest = code_range(best.format)
-    zero = best.zero
-    for _ in range(_HALF_QUADRATIC_STEPS):
-        codes = (values + zero).round_().clamp_(least, greatest)
-        errors = values - (codes - zero)
-        size = errors.abs()
-        aside = errors.sign() * (size - size.clamp(min=1e-3) ** (_NORM - 1)).clamp_(min=0)
-        zero = _mean(codes - values + aside, best.importance)
-    return best.scale, zero.round_().clamp_(least, greatest)
-
-
-def _mean(values: Tensor, importance: Tensor | None) -> Tensor:
-    if importance is None:
-        return values.mean(dim=1, keepdim=True)
-    total = importance.sum(dim=1, keepdim=True).clamp_(min=1e-30)
-    return (values * importance).sum(dim=1, keepdim=True) / total
 
 
 def _refit(best: _Best) -> None:
