@@ -54,6 +54,10 @@ class LayerCache:
 
         shapes: -> out as q
         """
+        # As they are kept from the start: what a token sees must not depend on who it came with.
+        kept = self.options.float_dtype(k_TKH.dtype)
+        if kept != k_TKH.dtype:
+            k_TKH, v_TKH = (x.to(kept).to(x.dtype) for x in (k_TKH, v_TKH))
         first = len(k_TKH) - len(q_TNH)
         if first:
             self.store(k_TKH[:first], v_TKH[:first])
@@ -258,6 +262,23 @@ class LayerCache:
             self.sealed = tuple(first_tokens(self.parts(), num_tokens))
             self.packed, self.tail, self.tail_length = None, None, 0
         self.num_tokens = num_tokens
+
+    @property
+    def room(self) -> int:
+        """How many more tokens can be taken back again, whatever their number.
+
+        Beyond them something is emptied, sealed or quantized, and that is not undone.
+        """
+        if self.chunk_size is not None:
+            return self.chunk_size - self.num_tokens % self.chunk_size - 1
+        full = BLOCK if self.options.bits is None else NEWEST + KEY_GROUP
+        return max(0, full - self.tail_length - 1)
+
+    def take_back(self, num_tokens: int) -> None:
+        """Forget the newest tokens, read since there was `room` for them."""
+        assert 0 <= num_tokens <= self.tail_length
+        self.tail_length -= num_tokens
+        self.num_tokens -= num_tokens
 
     def share(self) -> LayerCache:
         """A second cache with the same past; from here on both append to tails of their own."""
