@@ -113,7 +113,7 @@ def _matched(
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     matching = match(stored.tensors, shapes)
     matching.missing = [name for name in matching.missing if not name.endswith(may_lack)]
-    check_matching(stored, matching)
+    _check(stored, matching)
     return stored, matching
 
 
@@ -151,7 +151,7 @@ def load_weights(
                         parameters[piece.name] = parameter
                     tensor = tensors.get_tensor(piece.key)
                     if check_finite:
-                        require_finite(file, piece.key, tensor)
+                        _require_finite(file, piece.key, tensor)
                     _place(parameter, piece, tensor)
         except SafetensorError as error:
             fix = "fetch or write the file again"
@@ -195,7 +195,7 @@ def _place(parameter: Tensor, piece: Piece, tensor: Tensor) -> None:
         parameter[piece.expert, :, start:end].copy_(tensor.T)
 
 
-def require_finite(file: Path, key: str, tensor: Tensor) -> None:
+def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
     if tensor.numel() == 0:
         return
     # One pass and no copy: minimum and maximum carry NaN and infinity along.
@@ -207,7 +207,7 @@ def require_finite(file: Path, key: str, tensor: Tensor) -> None:
     raise L4Error(f"cannot use `{file}`", why=why, fix=fix)
 
 
-def check_matching(stored: StoredWeights, matching: Matching) -> None:
+def _check(stored: StoredWeights, matching: Matching) -> None:
     """Refuse what does not fit, from the headers alone."""
     what = f"cannot load checkpoint `{stored.folder}`"
     for key, entry in stored.tensors.items():
