@@ -178,11 +178,11 @@ class LayerCache:
 
     def _fill(self, k_TKH: Tensor, v_TKH: Tensor) -> None:
         end = self.tail_length + len(k_TKH)
-        for kept, new_TKH in zip(self.room(end, k_TKH), (k_TKH, v_TKH), strict=True):
+        for kept, new_TKH in zip(self.grow_tail(end, k_TKH), (k_TKH, v_TKH), strict=True):
             kept[:, self.tail_length : end] = new_TKH.transpose(0, 1)
         self.tail_length = end
 
-    def room(self, end: int, like_TKH: Tensor) -> Plain:
+    def grow_tail(self, end: int, like_TKH: Tensor) -> Plain:
         """The tail, made or grown to hold `end` tokens of this shape and dtype."""
         if self.tail is None:
             _, num_heads, head_dim = like_TKH.shape
@@ -197,7 +197,7 @@ class LayerCache:
         return self.tail
 
     def take_one(self) -> None:
-        """Count a token that was written behind the tail from outside; there was `room`."""
+        """Count a token that was written behind the tail from outside; `grow_tail` made place."""
         self.tail_length += 1
         if self.chunk_size is not None:
             self._advance(1)
