@@ -7,7 +7,9 @@ causality alone keeps real queries from the padding behind them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +18,11 @@ from torch import Tensor
 
 from l4cli.ops.batch import Segments
 from l4cli.ops.blocked_attention import BlockedAttention
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import REFERENCE, Op, Version
 
 # Up to here our blocked bf16 products beat torch's fused CPU kernel; in fp32 they do not.
 BLOCKED_MAX_LENGTH = 4096
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,22 @@ def segment_attention(
     q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, plan: AttentionPlan
 ) -> Tensor:
     """Attend causally inside every segment; positions in no segment give zeros."""
+    return SEGMENT_ATTENTION.pick(q_BTNH)(q_BTNH, k_BTKH, v_BTKH, plan)
+
+
+def _in_buckets(
+    attend: Attend, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, plan: AttentionPlan
+) -> Tensor:
+    """Gather segments of like length, attend in each bucket, put back."""
     shape = q_BTNH.shape
     q_MNH, k_MKH, v_MKH = (x.reshape(-1, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH))
     if len(plan.buckets) == 1 and plan.buckets[0].index is None:
-        return _attend_bucket(q_MNH, k_MKH, v_MKH, plan.buckets[0].length).view(shape)
+        return _attend_bucket(attend, q_MNH, k_MKH, v_MKH, plan.buckets[0].length).view(shape)
     outputs, places = [], []
     for bucket in plan.buckets:
         assert bucket.index is not None
         q, k, v = (x.index_select(0, bucket.index) for x in (q_MNH, k_MKH, v_MKH))
-        out_MNH = _attend_bucket(q, k, v, bucket.length)
+        out_MNH = _attend_bucket(attend, q, k, v, bucket.length)
         if bucket.real is None:
             outputs.append(out_MNH)
             places.append(bucket.index)
@@ -113,13 +123,16 @@ def segment_attention(
     return base_MNH.index_copy(0, torch.cat(places), torch.cat(outputs)).view(shape)
 
 
-def _attend_bucket(q_MNH: Tensor, k_MKH: Tensor, v_MKH: Tensor, length: int) -> Tensor:
+def _attend_bucket(
+    attend: Attend, q_MNH: Tensor, k_MKH: Tensor, v_MKH: Tensor, length: int
+) -> Tensor:
     q, k, v = (x.unflatten(0, (-1, length)) for x in (q_MNH, k_MKH, v_MKH))  # [S, L, heads, H]
-    if is_reference_forced():
-        attend = _plain_causal
-    else:
-        attend = _blocked_causal if _is_blocked(q, length) else _fused_causal
     return attend(q, k, v).flatten(0, 1)
+
+
+def _fast_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attend = _blocked_causal if _is_blocked(q, q.shape[1]) else _fused_causal
+    return attend(q, k, v)
 
 
 def _plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -180,7 +193,33 @@ def reference_segment_attention(
 
 def full_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     """Every position sees every other: patches of a tile. shapes: [B, T, N, H] -> same"""
-    if _is_blocked(q_BTNH, q_BTNH.shape[1]) and not is_reference_forced():
+    return FULL_ATTENTION.pick(q_BTNH)(q_BTNH, k_BTNH, v_BTNH)
+
+
+def _fast_full(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
+    if _is_blocked(q_BTNH, q_BTNH.shape[1]):
         return _blocked(q_BTNH, k_BTNH, v_BTNH, is_causal=False)
+    return reference_full_attention(q_BTNH, k_BTNH, v_BTNH)
+
+
+def reference_full_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
+    """As torch computes it."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+_HOW = "blocked in bf16 on a CPU up to 4096, else torch's fused one"
+SEGMENT_ATTENTION = Op(
+    "segment_attention",
+    [
+        Version("bucketed", lambda: partial(_in_buckets, _fast_causal), _HOW),
+        Version(REFERENCE, lambda: partial(_in_buckets, _plain_causal), "all scores at once"),
+    ],
+)
+FULL_ATTENTION = Op(
+    "full_attention",
+    [
+        Version("blocked", lambda: _fast_full, _HOW),
+        Version(REFERENCE, lambda: reference_full_attention, "torch's own"),
+    ],
+)

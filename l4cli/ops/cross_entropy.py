@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from l4cli.ops.choice import REFERENCE, Op, Version
 
 CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in fp32
 
@@ -80,9 +83,33 @@ def linear_cross_entropy(
     if not bool(is_target_M.all()):
         index = is_target_M.nonzero().flatten()
         h_MD, labels_M, weights_M = h_MD[index], labels_M[index], weights_M[index]
+    run = LINEAR_CROSS_ENTROPY.pick(h_MD)
+    return run(h_MD, weight_VD, labels_M, weights_M.float(), chunk)
+
+
+def _chunked(
+    h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int | None
+) -> Tensor:
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
-    return _LinearCrossEntropy.apply(h_MD, weight_VD, labels_M, weights_M.float(), chunk)
+    return _LinearCrossEntropy.apply(h_MD, weight_VD, labels_M, weights_M, chunk)
+
+
+def reference_linear_cross_entropy(
+    h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int | None = None
+) -> Tensor:
+    """All logits at once."""
+    logits_MV = (h_MD @ weight_VD.to(h_MD.dtype).T).float()
+    return (F.cross_entropy(logits_MV, labels_M, reduction="none") * weights_M).sum()
+
+
+LINEAR_CROSS_ENTROPY = Op(
+    "linear_cross_entropy",
+    [
+        Version("chunked", lambda: _chunked, "gradients in the forward, 8 MiB of logits at once"),
+        Version(REFERENCE, lambda: reference_linear_cross_entropy, "all logits at once"),
+    ],
+)
 
 
 @torch.no_grad()
@@ -93,7 +120,7 @@ def token_losses(
     chunk = chunk or max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
     cast_VD = weight_VD.to(h_MD.dtype)
     parts = [
-        torch.nn.functional.cross_entropy(
+        F.cross_entropy(
             (h_MD[i : i + chunk] @ cast_VD.T).float(), labels_M[i : i + chunk], reduction="none"
         )
         for i in range(0, len(h_MD), chunk)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.ops.autograd import apply
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import REFERENCE, Op, Version
 
 
 class Routing(Protocol):
@@ -146,8 +146,12 @@ def routed_experts(
 
     shapes: w_in [E, D, 2F] (gate columns, then up), w_out [E, F, D] -> y_MD
     """
-    if is_reference_forced():
-        return reference_routed_experts(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
+    return ROUTED_EXPERTS.pick(x_MD)(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
+
+
+def _sorted(
+    x_MD: Tensor, gate_MA: Tensor, expert_MA: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor
+) -> Tensor:
     if len(x_MD) == 1 and not torch.is_grad_enabled():
         return _one_token(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
     return apply(_RoutedExperts, x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
@@ -184,3 +188,12 @@ def reference_routed_experts(
 def _plain_swiglu(h_F: Tensor) -> Tensor:
     gate_F, up_F = h_F.chunk(2, dim=-1)
     return F.silu(gate_F) * up_F
+
+
+ROUTED_EXPERTS = Op(
+    "routed_experts",
+    [
+        Version("sorted", lambda: _sorted, "sorted by expert; an expert's rows in one product"),
+        Version(REFERENCE, lambda: reference_routed_experts, "every token alone"),
+    ],
+)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l4cli.ops.autograd import apply
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import REFERENCE, Op, Version
 from l4cli.ops.norm import unit_rms
 
 
@@ -119,9 +119,25 @@ def _turned(x_BTNH: Tensor, turn_BTH: Tensor) -> Tensor:
 
 def rotate_unit(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
     """`unit_rms(rotate(x))`: what queries and keys of a RoPE layer with QK norm go through."""
-    if is_reference_forced():
-        return unit_rms(rotate(x_BTNH, turn_BTH), eps)
+    return ROTATE_UNIT.pick(x_BTNH)(x_BTNH, turn_BTH, eps)
+
+
+def _in_place(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
     return apply(_RotateUnit, x_BTNH, turn_BTH, eps)
+
+
+def reference_rotate_unit(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
+    """One after the other."""
+    return unit_rms(rotate(x_BTNH, turn_BTH), eps)
+
+
+ROTATE_UNIT = Op(
+    "rotate_unit",
+    [
+        Version("in-place", lambda: _in_place, "rotation and QK norm in one"),
+        Version(REFERENCE, lambda: reference_rotate_unit, "rotation, then the norm"),
+    ],
+)
 
 
 def vision_rotation(grid: int, head_dim: int, theta: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.ops.autograd import apply
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import REFERENCE, Op, Version
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -31,6 +31,22 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """The gated activation of every Llama feed-forward."""
-    if is_reference_forced():
-        return F.silu(gate) * up
+    return SWIGLU.pick(gate)(gate, up)
+
+
+def _recomputed(gate: Tensor, up: Tensor) -> Tensor:
     return apply(_SwiGLU, gate, up)
+
+
+def reference_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The formula."""
+    return F.silu(gate) * up
+
+
+SWIGLU = Op(
+    "swiglu",
+    [
+        Version("recomputed", lambda: _recomputed, "keeps two tensors for the backward"),
+        Version(REFERENCE, lambda: reference_swiglu, "the formula"),
+    ],
+)
