@@ -265,7 +265,7 @@ def _launch(
     if not part.bits:
         split_plain[grid](
             *tensors, num_tokens, span, num_rows, *part.keys.stride()[:2],
-            *part.values.stride()[:2], scale, BLOCK_H=triton.next_power_of_2(head_dim), **options,
+            *part.values.stride()[:2], scale, BLOCK_H=max(triton.next_power_of_2(head_dim), 16), **options,
         )  # fmt: skip
         return
     assert part.key_scale is not None
