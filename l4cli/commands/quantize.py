@@ -13,6 +13,7 @@ examples:
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from l4cli import terminal
-from l4cli.commands.options import Json, Quiet
+from l4cli.commands.options import Device, DeviceOption, Json, Quiet
 from l4cli.commands.quantize_options import (
     BLOCK,
     DECODER_PARTS,
@@ -43,7 +44,7 @@ from l4cli.commands.quantize_options import (
     check_words,
     parse_group_size,
 )
-from l4cli.errors import UsageError
+from l4cli.errors import L4Error, UsageError
 
 if TYPE_CHECKING:
     from l4cli.checkpoint import LayerReport, QuantizationPlan
@@ -72,6 +73,7 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="sizes before and after, and the time; write nothing")
     ] = False,
+    device: DeviceOption = Device.auto,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -84,7 +86,7 @@ def quantize(
     if out is None and not dry_run:
         fix = f"name a new folder: `-o {checkpoint.name or 'model'}-{format}`"
         raise UsageError("nowhere to write", why="`-o` is missing", fix=fix)
-    _run(checkpoint, out, names, words, method, dry_run)
+    _run(checkpoint, out, names, words, method, device, dry_run)
 
 
 def _run(
@@ -93,21 +95,22 @@ def _run(
     names: dict[str, str],
     words: FormatWords,
     method: Method,
+    device: Device,
     dry_run: bool,
 ) -> None:
     from l4cli.checkpoint import plan_quantization, quantize_checkpoint, require_new
-    from l4cli.quantization import RoundingQuantizer
 
     if out is not None:
         require_new(out)
     formats = {part: _format(name, words) for part, name in names.items()}
     plan = plan_quantization(checkpoint, formats)
-    quantizer = RoundingQuantizer(searches=method == Method.search)
+    quantizer = _quantizer(method, device)
     _show_plan(plan, formats, method)
     if dry_run:
         _show_estimate(plan, quantizer)
         return
     assert out is not None
+    _require_space(out, plan.size_bytes)
     options = {
         "source": str(plan.stored.folder),
         "method": str(method),
@@ -144,6 +147,23 @@ def _format(name: str, words: FormatWords) -> WeightFormat | None:
         return WeightFormat("int8", words.group_size)
     group_size = words.group_size or DEFAULT_GROUP
     return WeightFormat("int4", group_size, symmetric=not words.zero_points)
+
+
+def _quantizer(method: Method, device: Device) -> Quantizer:
+    from l4cli.quantization import RoundingQuantizer
+    from l4cli.training.device import torch_device
+
+    return RoundingQuantizer(method == Method.search, torch_device(device))
+
+
+def _require_space(out: Path, size_bytes: int) -> None:
+    """Refuse before hours of work what the disk cannot hold."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if size_bytes > free:
+        text = terminal.bytes_text
+        why = f"it takes {text(size_bytes)}, and {text(free)} of the disk are free"
+        raise L4Error(f"cannot write to `{out}`", why=why, fix="write to another disk")
 
 
 # For people
