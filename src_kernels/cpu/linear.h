@@ -17,8 +17,7 @@
 //   codes of int4: [cols / 8][16][4] bytes, code(k + j) + 8 | (code(k + 4 + j) + 8) << 4, j = 0..3
 // A weight is (code - zero) * scale. Filled up entries are zero: code = zero = 0, scale = 0.
 // All is read once from front to back: one stream is what a core's prefetcher follows best (scales
-// in a place of their own halved the speed). Weights in huge pages (madvise of anonymous memory)
-// were read half as fast again as in pages of 4 KiB, which a mapped file has.
+// in a place of their own halved the speed).
 #pragma once
 
 #include <cstddef>
