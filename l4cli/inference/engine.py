@@ -51,7 +51,7 @@ class Engine:
         self.device = next(model.parameters()).device
         self.never = _never_chosen(self.config, num_token_ids).to(self.device)
         self.cache_options = cache_options or CacheOptions()
-        self.prefill_chunk = PREFILL_CHUNK
+        self.prefill_chunk: int = getattr(model, "prefill_chunk", PREFILL_CHUNK)
 
     @functools.cached_property
     def model_id(self) -> str:

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ctypes import byref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import src_kernels.cpu as kernels
 from l4cli.inference.cache import Cache, CacheBatch
+from l4cli.inference.kept import Plain
 from l4cli.inference.kernel_file import KernelFile
-from l4cli.inference.native_past import Pasts, is_readable, pointers
+from l4cli.inference.layer_cache import LayerCache
+from l4cli.inference.native_past import Pasts, described, is_readable, pointers, runs_in_chunks
 from l4cli.model import Llama4Config
 from l4cli.model.config import RopeOptions, TextConfig
 from l4cli.ops.batch import Batch
@@ -29,6 +31,7 @@ from l4cli.ops.weight_only import KINDS, Layout
 from src_kernels.cpu import engine as native
 
 MOST_ROWS = 32  # sequences that take a token each in one call
+PREFILL_CHUNK = 512  # tokens read at once: enough for each expert, and little memory
 _TURNS = 1024  # positions whose rotations are made together
 
 
@@ -42,6 +45,8 @@ def why_not() -> str | None:
 
 class NativeModel:
     """The interface an `Engine` uses, without modules for the text half."""
+
+    prefill_chunk = PREFILL_CHUNK
 
     def __init__(self, weights: KernelFile, config: Llama4Config, vision: Any = None) -> None:
         """`vision`: a torch model whose picture half has weights; the text half may be meta."""
@@ -182,31 +187,33 @@ class NativeModel:
         routing: Routing | None,
         num_needed: int | None,
     ) -> Tensor:
-        text, last = self.config.text, self.config.text.num_hidden_layers - 1
+        last = self.config.text.num_hidden_layers - 1
         num_rows, length, width = h_BTD.shape
-        num_tokens, threads = num_rows * length, torch.get_num_threads()
         turns = [turn.contiguous() for turn in self.turns.of(positions_BT)]
         temperature, log_length = self._query_scales(positions_BT)
         h_MD = h_BTD.reshape(-1, width).contiguous()
-        q, k, v = (
-            torch.empty(num_rows, length, heads, text.head_dim)
-            for heads in (text.num_attention_heads, *[text.num_key_value_heads] * 2)
-        )
-        scratch = self._scratch("l4_layer_bytes", num_tokens, threads)
-        run = native.Run(num_tokens, threads, 0, h_MD.data_ptr())
+        room = self._room(num_rows, length)
+        run = native.Run(num_rows * length, torch.get_num_threads(), 0, h_MD.data_ptr())
         run.turns[0], run.turns[1] = turns[0].data_ptr(), turns[-1].data_ptr()
         run.temperature, run.log_length = temperature.data_ptr(), log_length.data_ptr()
-        run.q, run.k, run.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        run.scratch = scratch.data_ptr()
+        run.q, run.k, run.v = (x.data_ptr() for x in (room.q, room.k, room.v))
+        run.scratch = self._scratch("l4_layer_bytes", run.num_tokens, run.threads).data_ptr()
+        rows = _rows_of(cache)
+        own = rows[0].layers if rows is not None and num_rows == 1 else None
+        if own is not None:
+            kept = self.kept_like(own[0], length)
+            run.kept_k, run.kept_v = kept[0].data_ptr(), kept[1].data_ptr()
+            run.kept_kind = int(kept[0].dtype == torch.bfloat16)
         first = 0
         for i in range(last + 1):
             if i == last and num_needed is not None and num_rows == 1:
                 first = run.first_query = length - num_needed
             self.library.l4_before_attention(byref(self.model), i, byref(run))
-            dtype = self.compute_dtype
-            newest_q = q[:, : length - first]
-            out = cache.attend(i, newest_q.to(dtype), k.to(dtype), v.to(dtype))
-            out = out.float().contiguous()
+            if own is not None:
+                out = self._attend(own[i], room, kept, first)
+            else:
+                new = (x.to(self.compute_dtype) for x in (room.q[:, : length - first], room.k))
+                out = cache.attend(i, *new, room.v.to(self.compute_dtype)).float().contiguous()
             run.out = out.data_ptr()
             logits, experts = self._choices(num_rows, length - first, i, routing, run)
             self.library.l4_after_attention(byref(self.model), i, byref(run))
@@ -219,6 +226,50 @@ class NativeModel:
         )
         out_BTD = out_MD.view(num_rows, -1, width) if len(out_MD) else out_MD.view(1, 0, width)
         return out_BTD if num_needed is None else out_BTD[:, out_BTD.shape[1] - num_needed :]
+
+    def _room(self, num_rows: int, length: int) -> _Room:
+        text = self.config.text
+        kv_heads = text.num_key_value_heads
+        heads = (text.num_attention_heads, kv_heads, kv_heads, text.num_attention_heads)
+        return _Room(*(torch.empty(num_rows, length, n, text.head_dim) for n in heads))
+
+    def kept_like(self, layer: LayerCache, length: int) -> Plain:
+        """Room for new keys and values by head, in the dtype a cache keeps them in."""
+        text = self.config.text
+        dtype = layer.options.float_dtype(self.compute_dtype)
+        shape = (text.num_key_value_heads, length, text.head_dim)
+        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+
+    def _attend(self, layer: LayerCache, room: _Room, kept: Plain, first: int) -> Tensor:
+        """Attend to a layer's past and to the new tokens, which it then takes in.
+
+        Queries are those of the tokens from `first` on. shapes: -> [T - first, N, H]
+        """
+        keys, values = kept
+        threads, size = torch.get_num_threads(), room.q[0, 0].numel() * 4
+        scratch = self._scratch("l4_attend_bytes", 0, threads)
+        for run in runs_in_chunks(layer.num_tokens, keys.shape[1], layer.chunk_size):
+            start = max(run.start, first)
+            if start < run.stop:
+                before = layer.parts()
+                if run.start < start:
+                    before.append((keys[:, run.start : start], values[:, run.start : start]))
+                parts = described(before)
+                new = (keys[:, start : run.stop], values[:, start : run.stop])
+                at = (start - first) * size
+                args = native.Attend(
+                    run.stop - start,
+                    threads,
+                    len(parts),
+                    parts,
+                    described([new])[0],
+                    room.q.data_ptr() + at,
+                    room.out.data_ptr() + at,
+                    scratch.data_ptr(),
+                )
+                self.library.l4_attend(byref(self.model), byref(args))
+            layer.store(*(x[:, run].transpose(0, 1) for x in kept))
+        return room.out
 
     def _choices(
         self, num_rows: int, length: int, layer_idx: int, routing: Routing | None, run: native.Run
@@ -245,7 +296,8 @@ class NativeModel:
         key = (what, num_tokens, threads)
         found = self.scratch.get(key)
         if found is None:
-            size = getattr(self.library, what)(byref(self.model), num_tokens, threads)
+            counts = (num_tokens, threads) if num_tokens else (threads,)
+            size = getattr(self.library, what)(byref(self.model), *counts)
             found = torch.empty(size, dtype=torch.uint8)
             self.scratch = {k: v for k, v in self.scratch.items() if k[0] != what}
             self.scratch[key] = found
@@ -292,6 +344,15 @@ class NativeModel:
             self.layers,
             self.weights.place("norm"),
         )
+
+
+class _Room(NamedTuple):
+    """What goes into attention and comes out, fp32. shapes: [B, T, N or K, H]"""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
 
 
 @dataclass(frozen=True)

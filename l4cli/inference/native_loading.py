@@ -33,6 +33,7 @@ from l4cli.inference.native import NativeModel, why_not
 from l4cli.model import Llama4Config, build_model
 from l4cli.planning import available_memory
 
+_MOST_MEMORY = 0.5  # of what is free: beyond it weights stay in the file and come page by page
 FINGERPRINT_ELEMENTS = 4096  # of each tensor that tells models apart
 
 
@@ -112,11 +113,12 @@ def make_file(folder: Path, choose: Choose = keep) -> Path:
 
 
 def open_native(folder: Path, config: Llama4Config) -> NativeModel:
-    """Map the file beside a checkpoint."""
-    weights = open_file(folder / KERNELS)
-    model = NativeModel(weights, config, _vision(folder, config))
+    """Read the file beside a checkpoint, or map it where memory is short."""
+    path = folder / KERNELS
+    is_mapped = path.stat().st_size > _MOST_MEMORY * available_memory("cpu")
+    model = NativeModel(open_file(path, is_mapped=is_mapped), config, _vision(folder, config))
     # Pages that are not in memory are asked for as soon as the router has spoken.
-    model.model.is_prefetched = weights.size_bytes > available_memory("cpu")
+    model.model.is_prefetched = is_mapped
     return model
 
 

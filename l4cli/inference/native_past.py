@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,15 +74,28 @@ class Pasts:
         parts = [*layer.sealed]
         if layer.packed is not None:
             parts.append(layer.packed)
-        array = (native.Part * (len(parts) + 1))()
-        for i, part in enumerate(parts):
-            _describe(part, array[i])
-        _describe(tail, array[len(parts)])
+        array = described([*parts, tail])
         array[len(parts)].length = layer.tail_length
         past.parts = array
         past.num_parts, past.num_sealed = len(array), len(layer.sealed)
         past.sealed_id = id(layer.sealed) if layer.sealed else 0
         return _Seen(layer.sealed, tail, layer.tail_length, tail[0].shape[1], array)
+
+
+def described(parts: list[Part]) -> ctypes.Array[native.Part]:
+    """Parts as C reads them; they must be kept alive."""
+    array = (native.Part * len(parts))()
+    for part, out in zip(parts, array, strict=True):
+        _describe(part, out)
+    return array
+
+
+def runs_in_chunks(num_read: int, length: int, chunk_size: int | None) -> list[slice]:
+    """New tokens cut at the borders of chunks: inside a run all see each other, causally."""
+    if chunk_size is None:
+        return [slice(0, length)]
+    borders = [0, *range(chunk_size - num_read % chunk_size, length, chunk_size), length]
+    return [slice(a, b) for a, b in pairwise(borders)]
 
 
 def _describe(part: Part, out: native.Part) -> None:

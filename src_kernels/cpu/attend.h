@@ -245,5 +245,60 @@ inline void merge(int thread, const AttendRows &rows, const AttendSpace &s, int3
   }
 }
 
+constexpr int kRunTokens = 32;  // that pass over a tile of keys while it is in the first cache
+
+inline int64_t run_space_bytes(const L4Model &model) {
+  const int64_t n = kRunTokens * (int64_t)(model.heads / model.kv_heads), h = model.head_dim;
+  return aligned(4 * (2 * n + 2 * n * h + attend_scratch((int)n, (int)h)));
+}
+
+// One key head's queries of some tokens: all of the past, then the new keys up to each token.
+inline void attend_block(const L4Model &model, const L4Attend &args, int head, int64_t first,
+                         int64_t last, char *space) {
+  const int64_t h = model.head_dim, group = model.heads / model.kv_heads;
+  const int64_t n = (last - first) * group, width = model.heads * h;
+  float *most = reinterpret_cast<float *>(space), *sum = most + n, *acc = sum + n;
+  float *q = acc + n * h, *scratch = q + n * h;
+  const VectorKernels &vector = vector_kernels();
+  const float scale = 1.0f / std::sqrt((float)h);
+  for (int64_t i = 0; i < n; i++) {
+    const float *from = args.q + (first + i / group) * width + (head * group + i % group) * h;
+    vector.scale(from, scale, h, q + i * h);
+    most[i] = -INFINITY;
+    sum[i] = 0;
+  }
+  std::memset(acc, 0, 4 * n * h);
+  const Running all = {most, sum, acc};
+  for (int32_t p = 0; p < args.num_parts; p++) {
+    const L4Part &part = args.parts[p];
+    vector.attend(&part, head, (int)h, 0, part.length, q, (int)n, &all, scratch);
+  }
+  const int64_t whole = first / kTile * kTile;  // keys that all of these tokens see
+  if (whole) vector.attend(&args.fresh, head, (int)h, 0, whole, q, (int)n, &all, scratch);
+  for (int64_t token = first; token < last; token++) {
+    const int64_t at = (token - first) * group;
+    const Running own = {most + at, sum + at, acc + at * h};
+    vector.attend(&args.fresh, head, (int)h, whole, token + 1, q + at * h, (int)group, &own,
+                  scratch);
+  }
+  for (int64_t i = 0; i < n; i++) {
+    float *to = args.out + (first + i / group) * width + (head * group + i % group) * h;
+    vector.scale(acc + i * h, 1.0f / sum[i], h, to);
+  }
+}
+
+inline void attend_run(Team &team, const L4Model &model, const L4Attend &args, char *space) {
+  const int64_t blocks = (args.num_tokens + kRunTokens - 1) / kRunTokens;
+  // The last blocks see most: they come first.
+  team.share(blocks * model.kv_heads, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) {
+      const int64_t first = (blocks - 1 - i / model.kv_heads) * kRunTokens;
+      const int64_t last = first + kRunTokens;
+      attend_block(model, args, (int)(i % model.kv_heads), first,
+                   last < args.num_tokens ? last : args.num_tokens, space);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace l4

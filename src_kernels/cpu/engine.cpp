@@ -448,6 +448,22 @@ void region(int threads, const Space &s, int num_counters, Run run) {
 #endif
 }
 
+// Write a token's keys and values to where they are kept.
+void keep(const L4Model &model, const L4Run &run, int64_t token) {
+  const int64_t h = model.head_dim;
+  for (int64_t head = 0; head < model.kv_heads; head++) {
+    const int64_t from = (token * model.kv_heads + head) * h;
+    const int64_t to = (head * run.num_tokens + token) * h;
+    if (run.kept_kind == L4_KEPT_FP32) {
+      std::memcpy(static_cast<float *>(run.kept_k) + to, run.k + from, 4 * h);
+      std::memcpy(static_cast<float *>(run.kept_v) + to, run.v + from, 4 * h);
+    } else {
+      vector_kernels().to_bf16(run.k + from, h, static_cast<uint16_t *>(run.kept_k) + to);
+      vector_kernels().to_bf16(run.v + from, h, static_cast<uint16_t *>(run.kept_v) + to);
+    }
+  }
+}
+
 int counters_of(const L4Model &model) { return model.num_layers * 8 + 8; }
 
 }  // namespace
@@ -492,6 +508,7 @@ void l4_before_attention(const L4Model *model, int32_t layer_idx, const L4Run *r
       for (int head = 0; turn && head < model->kv_heads; head++) {
         vector.rotate(run->k + (i * model->kv_heads + head) * h, turn, h, is_unit, model->eps, 1);
       }
+      if (run->kept_k) keep(*model, *run, i);
       const int64_t query = i - run->first_query;
       for (int head = 0; query >= 0 && head < model->heads; head++) {
         vector.rotate(run->q + (query * model->heads + head) * h, turn, h, is_unit, model->eps,
@@ -513,6 +530,21 @@ void l4_after_attention(const L4Model *model, int32_t layer_idx, const L4Run *ru
                            s.out_rows_size, [](int32_t) {});
     finish(team, *model, layer, s, run->h + (int64_t)run->first_query * model->hidden, m, out,
            run->router_logits, run->experts);
+  });
+}
+
+int64_t l4_attend_bytes(const L4Model *model, int32_t threads) {
+  return 2 * sizeof(Counter) + threads * run_space_bytes(*model) + sizeof(Barrier);
+}
+
+void l4_attend(const L4Model *model, const L4Attend *args) {
+  Space s = {};
+  char *memory = static_cast<char *>(args->scratch);
+  s.barrier = reinterpret_cast<Barrier *>(memory);
+  s.counters = reinterpret_cast<Counter *>(memory + sizeof(Barrier));
+  char *spaces = memory + sizeof(Barrier) + 2 * sizeof(Counter);
+  region(args->threads, s, 2, [&](Team &team) {
+    attend_run(team, *model, *args, spaces + team.thread * run_space_bytes(*model));
   });
 }
 

@@ -59,13 +59,27 @@ typedef struct {
   const float *temperature;  // [T]
   const float *log_length;   // [T]
   float *q, *k, *v;  // out of `before`: [T - first_query, N, H], [T, K, H] twice
+  void *kept_k, *kept_v;  // the same by head, [K, T, H], as they are kept; or null
+  int32_t kept_kind;      // fp32 or bf16
   const float *out;          // into `after`: attention's [T - first_query, N, H]
   float *router_logits;      // out of `after`: [T - first_query, E], or null
   int64_t *experts;          // out of `after`: [T - first_query, A], or null
   void *scratch;             // l4_layer_bytes
 } L4Run;
 
+// A run of new tokens of one sequence: each sees all of the past and the new ones up to itself.
+typedef struct {
+  int32_t num_tokens, threads, num_parts;
+  const L4Part *parts;  // the past
+  L4Part fresh;         // the new tokens' keys and values
+  const float *q;       // [T, N, H]
+  float *out;           // [T, N, H]
+  void *scratch;        // l4_attend_bytes
+} L4Attend;
+
 int32_t l4_engine_version(void);
+int64_t l4_attend_bytes(const L4Model *model, int32_t threads);
+void l4_attend(const L4Model *model, const L4Attend *args);
 int64_t l4_step_bytes(const L4Model *model, int32_t num_rows, int32_t threads);
 int64_t l4_layer_bytes(const L4Model *model, int32_t num_tokens, int32_t threads);
 void l4_step(const L4Model *model, const L4Step *step);

@@ -121,9 +121,27 @@ class Run(Structure):
         ("q", c_void_p),
         ("k", c_void_p),
         ("v", c_void_p),
+        ("kept_k", c_void_p),
+        ("kept_v", c_void_p),
+        ("kept_kind", c_int32),
         ("out", c_void_p),
         ("router_logits", c_void_p),
         ("experts", c_void_p),
+        ("scratch", c_void_p),
+    )
+
+
+class Attend(Structure):
+    """L4Attend: attention of a run of new tokens of one sequence."""
+
+    _fields_ = (
+        ("num_tokens", c_int32),
+        ("threads", c_int32),
+        ("num_parts", c_int32),
+        ("parts", POINTER(Part)),
+        ("fresh", Part),
+        ("q", c_void_p),
+        ("out", c_void_p),
         ("scratch", c_void_p),
     )
 
@@ -136,6 +154,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "l4_step": (None, [POINTER(Model), POINTER(Step)]),
     "l4_before_attention": (None, [POINTER(Model), c_int32, POINTER(Run)]),
     "l4_after_attention": (None, [POINTER(Model), c_int32, POINTER(Run)]),
+    "l4_attend_bytes": (c_int64, [POINTER(Model), c_int32]),
+    "l4_attend": (None, [POINTER(Model), POINTER(Attend)]),
     "l4_final_norm": (None, [POINTER(Model), c_void_p, c_int64, c_void_p]),
 }
 

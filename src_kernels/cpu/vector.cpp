@@ -41,13 +41,24 @@ namespace avx512 {
 #define L4_WIDTH 16
 #define L4_NAME "avx512"
 #include "vector_body.h"
+#undef L4_NAME
 }  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+namespace avx512_bf16 {
+#define L4_NAME "avx512 with bf16"
+#define L4_DOT_BF16
+#include "vector_body.h"
+}  // namespace avx512_bf16
 #pragma GCC pop_options
 #endif
 
 int64_t attend_scratch(int n, int head_dim) {
-  (void)n;  // four queries at once
-  return 8 * kTile + 4 * (int64_t)head_dim;
+  // Scores and weights of four queries at once, then all queries rounded, or four of them scaled.
+  const int64_t rounded = ((int64_t)n * head_dim + 1) / 2, scaled = 4 * (int64_t)head_dim;
+  return 8 * kTile + (rounded > scaled ? rounded : scaled);
 }
 
 // The same instructions as the linear maps', where this processor has what they need here.
@@ -59,6 +70,8 @@ const VectorKernels &vector_kernels() {
                                  __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512vl") &&
                                  __builtin_cpu_supports("avx512dq");
+    static const bool has_bf16 = is_there && __builtin_cpu_supports("avx512bf16");
+    if (has_bf16) return avx512_bf16::table;
     if (is_there) return avx512::table;
   }
   if (isa[0] == 'a') {

@@ -30,12 +30,23 @@ INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)
 #else
 INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 #endif
+#if L4_WIDTH == 16
+INLINE float sum_of(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float greatest_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+INLINE vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
 INLINE float sum_of(vf v) {
   float total = 0;
   for (int i = 0; i < W; i++) total += v[i];
   return total;
 }
+INLINE float greatest_of(vf v) {
+  float greatest = v[0];
+  for (int i = 1; i < W; i++) greatest = v[i] > greatest ? v[i] : greatest;
+  return greatest;
+}
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+#endif
 
 // e^x for x <= 88, within 2 units of the last place; 0 for what is below -87.
 INLINE vf exp_of(vf x) {
@@ -258,17 +269,16 @@ INLINE void soften(float *scores, int count, float *most, float *sum, float *acc
   for (int k = count; k < kTile; k++) scores[k] = -__builtin_inff();
   vf top = load(scores);
   for (int k = W; k < kTile; k += W) top = larger(top, load(scores + k));
-  float greatest = *most;
-  for (int i = 0; i < W; i++) greatest = top[i] > greatest ? top[i] : greatest;
+  const float greatest = greatest_of(top);
   if (greatest > *most) {
     const float shrink = __builtin_expf(*most - greatest);
     *most = greatest;
     *sum *= shrink;
-    for (int c = 0; c < head_dim; c++) acc[c] *= shrink;
+    scale(acc, shrink, head_dim, acc);
   }
   vf total = {};
   for (int k = 0; k < kTile; k += W) {
-    const vf weight = exp_of(load(scores + k) - greatest);
+    const vf weight = exp_of(load(scores + k) - *most);
     store(scores + k, weight);
     total += weight;
   }
@@ -356,6 +366,141 @@ INLINE void attend_tile(const L4Part *part, int head, int head_dim, int64_t firs
   }
 }
 
+#ifdef L4_DOT_BF16
+// Keys and values in bf16 against queries and weights in bf16, summed in fp32: half the products.
+
+// Four keys side by side, a lane each. shapes: q [NQ, H] bf16 -> scores [NQ, kTile]
+template <int NQ>
+INLINE void score_bf16(const uint16_t *keys, int count, int head_dim, const uint16_t *q,
+                       float *scores) {
+  const __m512i by_query =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int k = 0; k < count; k += 4) {
+    const uint16_t *row[4];
+    for (int j = 0; j < 4; j++) {
+      const int at = k + j < count ? k + j : count - 1;  // what is behind the last is not ours
+      row[j] = keys + (int64_t)at * head_dim;
+    }
+    __m512 even[4], odd[4];
+    for (int i = 0; i < 4; i++) even[i] = odd[i] = _mm512_setzero_ps();
+    for (int c = 0; c < head_dim; c += 32) {
+      __m512i r[4];
+      for (int j = 0; j < 4; j++) r[j] = _mm512_loadu_si512(row[j] + c);
+      const __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x44);
+      const __m512i b = _mm512_shuffle_i32x4(r[2], r[3], 0x44);
+      const __m512i d = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
+      const __m512i e = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+      const __m512i lanes[4] = {
+          _mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd),
+          _mm512_shuffle_i32x4(d, e, 0x88), _mm512_shuffle_i32x4(d, e, 0xdd)};
+      for (int i = 0; i < NQ; i++) {
+        const uint16_t *query = q + i * head_dim + c;
+        for (int j = 0; j < 4; j++) {
+          const __m512i eight =
+              _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(query + 8 * j)));
+          __m512 &sum = j % 2 ? odd[i] : even[i];
+          sum = _mm512_dpbf16_ps(sum, (__m512bh)lanes[j], (__m512bh)eight);
+        }
+      }
+    }
+    for (int i = 0; i < NQ; i++) even[i] = _mm512_add_ps(even[i], odd[i]);
+    const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(even[0], even[1]),
+                                   _mm512_unpackhi_ps(even[0], even[1]));
+    const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(even[2], even[3]),
+                                   _mm512_unpackhi_ps(even[2], even[3]));
+    __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    sums = _mm512_permutexvar_ps(by_query, sums);
+    _mm_storeu_ps(scores + k, _mm512_castps512_ps128(sums));
+    if (NQ > 1) _mm_storeu_ps(scores + kTile + k, _mm512_extractf32x4_ps(sums, 1));
+    if (NQ > 2) {
+      _mm_storeu_ps(scores + 2 * kTile + k, _mm512_extractf32x4_ps(sums, 2));
+      _mm_storeu_ps(scores + 3 * kTile + k, _mm512_extractf32x4_ps(sums, 3));
+    }
+  }
+}
+
+// acc += weights @ values, two keys at once. shapes: weights [NQ, kTile] bf16; NC times 32 channels
+template <int NQ, int NC>
+INLINE void gather_bf16(const uint16_t *values, int count, int head_dim, int c,
+                        const uint16_t *weights, float *acc) {
+  __m512 low[NQ * NC], high[NQ * NC];  // channels 0-3, 8-11, ... and 4-7, 12-15, ...
+  for (int i = 0; i < NQ * NC; i++) {
+    const float *from = acc + i / NC * head_dim + c + i % NC * 32;
+    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+    low[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+    high[i] = _mm512_shuffle_f32x4(a, b, 0xdd);
+  }
+  for (int k = 0; k < count; k += 2) {
+    const uint16_t *one = values + (int64_t)k * head_dim + c;
+    const uint16_t *two = k + 1 < count ? one + head_dim : one;
+    __m512i v[2 * NC];
+    for (int j = 0; j < NC; j++) {
+      const __m512i a = _mm512_loadu_si512(one + 32 * j), b = _mm512_loadu_si512(two + 32 * j);
+      v[2 * j] = _mm512_unpacklo_epi16(a, b);
+      v[2 * j + 1] = _mm512_unpackhi_epi16(a, b);
+    }
+    for (int i = 0; i < NQ; i++) {
+      int32_t both;
+      __builtin_memcpy(&both, weights + i * kTile + k, 4);
+      const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+      for (int j = 0; j < NC; j++) {
+        low[i * NC + j] = _mm512_dpbf16_ps(low[i * NC + j], (__m512bh)v[2 * j], weight);
+        high[i * NC + j] = _mm512_dpbf16_ps(high[i * NC + j], (__m512bh)v[2 * j + 1], weight);
+      }
+    }
+  }
+  for (int i = 0; i < NQ * NC; i++) {
+    float *to = acc + i / NC * head_dim + c + i % NC * 32;
+    const __m512 a = _mm512_shuffle_f32x4(low[i], high[i], 0x44);
+    const __m512 b = _mm512_shuffle_f32x4(low[i], high[i], 0xee);
+    _mm512_storeu_ps(to, _mm512_shuffle_f32x4(a, a, 0xd8));
+    _mm512_storeu_ps(to + 16, _mm512_shuffle_f32x4(b, b, 0xd8));
+  }
+}
+
+template <int NQ>
+INLINE void attend_tile_bf16(const uint16_t *keys, const uint16_t *values, int count, int head_dim,
+                             const uint16_t *q, float *most, float *sum, float *acc,
+                             float *scratch) {
+  float *scores = scratch;
+  uint16_t *weights = (uint16_t *)(scratch + 4 * kTile);
+  score_bf16<NQ>(keys, count, head_dim, q, scores);
+  for (int i = 0; i < NQ; i++) {
+    soften(scores + i * kTile, count, most + i, sum + i, acc + i * head_dim, head_dim);
+    for (int k = 0; k < kTile; k += 16) {
+      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(scores + i * kTile + k));
+      _mm256_storeu_si256((__m256i *)(weights + i * kTile + k), (__m256i)rounded);
+    }
+  }
+  int c = 0;
+  for (; c + 64 <= head_dim; c += 64) {
+    gather_bf16<NQ, 2>(values, count, head_dim, c, weights, acc);
+  }
+  for (; c < head_dim; c += 32) gather_bf16<NQ, 1>(values, count, head_dim, c, weights, acc);
+}
+
+static void attend_bf16(const L4Part *part, int head, int head_dim, int64_t first, int64_t last,
+                        const float *q, int n, const Running *state, float *scratch) {
+  uint16_t *rounded = (uint16_t *)(scratch + 8 * kTile);  // [n, H]
+  to_bf16(q, (int64_t)n * head_dim, rounded);
+  const uint16_t *keys = (const uint16_t *)part->keys + head * part->head_stride;
+  const uint16_t *values = (const uint16_t *)part->values + head * part->head_stride;
+  for (; first < last; first += kTile) {
+    const int count = (int)(last - first < kTile ? last - first : kTile);
+    const uint16_t *k = keys + first * head_dim, *v = values + first * head_dim;
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+      attend_tile_bf16<4>(k, v, count, head_dim, rounded + i * head_dim, state->most + i,
+                          state->sum + i, state->acc + (int64_t)i * head_dim, scratch);
+    }
+    for (; i < n; i++) {
+      attend_tile_bf16<1>(k, v, count, head_dim, rounded + i * head_dim, state->most + i,
+                          state->sum + i, state->acc + (int64_t)i * head_dim, scratch);
+    }
+  }
+}
+#endif
+
 template <int KIND>
 static void attend_kind(const L4Part *part, int head, int head_dim, int64_t first, int64_t last,
             const float *q, int n, const Running *state, float *scratch) {
@@ -384,6 +529,12 @@ static void attend_kind(const L4Part *part, int head, int head_dim, int64_t firs
 
 static void attend(const L4Part *part, int head, int head_dim, int64_t first, int64_t last,
            const float *q, int n, const Running *state, float *scratch) {
+#ifdef L4_DOT_BF16
+  if (part->kind == L4_KEPT_BF16 && head_dim % 32 == 0) {
+    attend_bf16(part, head, head_dim, first, last, q, n, state, scratch);
+    return;
+  }
+#endif
   auto run = part->kind == L4_KEPT_FP32   ? attend_kind<L4_KEPT_FP32>
          : part->kind == L4_KEPT_BF16 ? attend_kind<L4_KEPT_BF16>
          : part->kind == L4_KEPT_INT8 ? attend_kind<L4_KEPT_INT8>

@@ -122,8 +122,12 @@ def test_kept_in_every_format(kv_dtype, head_dim):
     # Old tokens are packed before position 384: both sides read the same codes until then.
     expected = decoded(model, ids, 300, options)
     found = decoded(native, ids, 300, options)
-    # Keys in bf16 round to a neighbour where the two sides differ in the last bit of fp32.
-    allowed = 1e-4 if kv_dtype == "fp32" else 2e-2
+    if kv_dtype == "bf16":
+        # Queries are rounded as well: no worse than twice what torch loses by such keys.
+        exact = decoded(model, ids, 300)
+        assert float((found - exact).abs().mean()) < 2 * float((expected - exact).abs().mean())
+        return
+    allowed = 1e-4 if kv_dtype == "fp32" else 2e-2  # codes of later tokens may be neighbours
     torch.testing.assert_close(found, expected, atol=allowed, rtol=allowed)
     assert float((found - expected).abs().mean()) < 2e-3
 
