@@ -93,16 +93,14 @@ class CalibrationWalk:
             hessian.add(h_MD[piece.is_real_M])
         return hessian
 
-    @torch.no_grad()
     def weight(self, layer_idx: int, place: str) -> Tensor:
         """A map of the layer that is here. shapes: -> [O, I]"""
         layer = self.walk.text.layers[layer_idx]
         found = _EXPERT.fullmatch(place)
         if found is None:
-            return layer.get_submodule(place).weight
-        return _part_of_expert(layer.feed_forward.experts, int(found[1]), found[2])
+            return layer.get_submodule(place).weight.detach()
+        return _part_of_expert(layer.feed_forward.experts, int(found[1]), found[2]).detach()
 
-    @torch.no_grad()
     def replace(self, layer_idx: int, place: str, weight_OI: Tensor) -> None:
         """Let a map of the layer that is here have other values."""
         self.weight(layer_idx, place).copy_(weight_OI)
