@@ -14,7 +14,7 @@ from typing import Any
 
 from l4cli.errors import L4Error
 from l4cli.quantization import WeightFormat
-from l4cli.quantization.parts import PART_PATTERNS, matches
+from l4cli.quantization.parts import PART_PATTERNS, layer_of, matches
 
 METHOD = "compressed-tensors"
 # What belongs to a quantized map beside its codes. Scales of activations are for kernels that
@@ -23,6 +23,7 @@ BESIDE_CODES = (
     *("weight_scale", "weight_shape", "weight_zero_point"),
     *("input_scale", "input_zero_point"),
 )
+CACHE_SCALES = ("k_scale", "v_scale")  # of caches in fp8; ours have their own
 # `mixed-precision` names a layout a group; `naive` and `int` store codes unpacked.
 _LAYOUTS = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized")
 _SUPPORTED = "int4 and int8 (packed or not) and fp8 (e4m3), with one scale a row, group or block"
@@ -90,12 +91,17 @@ def _activations(format: WeightFormat) -> dict[str, Any] | None:
 
 
 def _patterns(names: set[str], everything: Iterable[str], allowed: set[str]) -> list[str]:
-    """Patterns that match `names` and, of everything there is, only what is `allowed`."""
-    patterns, left = [], set(names)
-    for pattern in PART_PATTERNS.values():
-        found = {name for name in everything if matches(pattern, name)}
+    """Patterns that match `names` and, of everything there is, only what is `allowed`.
+
+    Of a part, of a part of one layer, or of one map, whatever says it shortest.
+    """
+    everything, left, patterns = list(everything), set(names), []
+    layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+    tails = [pattern.removeprefix("re:") for pattern in PART_PATTERNS.values()]
+    for pattern in [*tails, *(f".*layers[.]{i}[.]{tail}" for i in layers for tail in tails)]:
+        found = {name for name in everything if matches(f"re:{pattern}", name)} if left else set()
         if found & left and found <= allowed:
-            patterns.append(pattern)
+            patterns.append(f"re:{pattern}")
             left -= found
     # A prefix may differ: text models drop `language_model.`.
     ends = sorted({name.removeprefix("language_model.") for name in left})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l4cli.checkpoint.compressed_tensors import BESIDE_CODES, code_bits, weights_of
+from l4cli.checkpoint.compressed_tensors import BESIDE_CODES, CACHE_SCALES, code_bits, weights_of
 from l4cli.checkpoint.stored import StoredWeights
 from l4cli.errors import L4Error
 from l4cli.quantization import QuantizedWeight, WeightFormat
@@ -54,7 +54,7 @@ def plain_keys(stored: StoredWeights) -> Iterable[str]:
         name, _, leaf = key.rpartition(".")
         if leaf == _PACKED and name in quantized:
             yield f"{name}.weight"
-        elif not (name in quantized and leaf in BESIDE_CODES):
+        elif not (name in quantized and leaf in BESIDE_CODES) and leaf not in CACHE_SCALES:
             yield key
 
 

@@ -15,6 +15,7 @@ examples:
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ from l4cli.commands.quantize_options import (
     check_words,
     parse_group_size,
 )
-from l4cli.errors import UsageError
+from l4cli.errors import L4Error, UsageError
 
 if TYPE_CHECKING:
     from l4cli.checkpoint import LayerReport, QuantizationPlan
@@ -83,10 +84,10 @@ def quantize(
     budget: Budget = None,
     eval_data: EvalData = None,
     eval_tokens: EvalTokens = None,
-    device: DeviceOption = Device.cpu,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="sizes before and after, and the time; write nothing")
     ] = False,
+    device: DeviceOption = Device.auto,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -100,13 +101,13 @@ def quantize(
         fix = f"name a new folder: `-o {checkpoint.name or 'model'}-{format}`"
         raise UsageError("nowhere to write", why="`-o` is missing", fix=fix)
     wanted = text.TextWords(
-        calibration, calibration_tokens, eval_data, eval_tokens, budget, str(device)
+        calibration, calibration_tokens, eval_data, eval_tokens, budget, device.value
     )
     wanted.check(is_calibrated=method == Method.gptq, has_out=not dry_run)
     free = {part for part, name in chosen.items() if name is None}
     if budget is not None:
         _check_budget(free, group_size)
-    _run(checkpoint, out, names, words, method, dry_run, wanted, free)
+    _run(checkpoint, out, names, words, method, device, dry_run, wanted, free)
 
 
 def _check_budget(free: set[str], group_size: str | None) -> None:
@@ -124,12 +125,12 @@ def _run(
     names: dict[str, str],
     words: FormatWords,
     method: Method,
+    device: Device,
     dry_run: bool,
     wanted: text.TextWords,
     free: set[str],
 ) -> None:
     from l4cli.checkpoint import plan_quantization, require_new
-    from l4cli.quantization import RoundingQuantizer
 
     if out is not None:
         require_new(out)
@@ -140,11 +141,12 @@ def _run(
         text.spend_budget(plan, rows, wanted, free, words.zero_points)
         text.show_budget(plan, free)
     _show_plan(plan, formats, method)
-    rounding = RoundingQuantizer(searches=method != Method.round)
+    rounding = _quantizer(method, device)
     if dry_run:
         _show_estimate(plan, rounding)
         return
     assert out is not None
+    _require_space(out, plan.size_bytes)
     start_s = time.monotonic()
     if method == Method.gptq:
         assert rows is not None
@@ -203,6 +205,23 @@ def _format(name: str, words: FormatWords) -> WeightFormat | None:
         return WeightFormat("int8", words.group_size)
     group_size = words.group_size or DEFAULT_GROUP
     return WeightFormat("int4", group_size, symmetric=not words.zero_points)
+
+
+def _quantizer(method: Method, device: Device) -> Quantizer:
+    from l4cli.quantization import RoundingQuantizer
+    from l4cli.training.device import torch_device
+
+    return RoundingQuantizer(method != Method.round, torch_device(device))
+
+
+def _require_space(out: Path, size_bytes: int) -> None:
+    """Refuse before hours of work what the disk cannot hold."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if size_bytes > free:
+        text = terminal.bytes_text
+        why = f"it takes {text(size_bytes)}, and {text(free)} of the disk are free"
+        raise L4Error(f"cannot write to `{out}`", why=why, fix="write to another disk")
 
 
 # For people

@@ -113,9 +113,11 @@ def calibration_walk(
     """The text at the first layer of the plain model."""
     from l4cli.inference.calibration_walk import CalibrationWalk
     from l4cli.inference.text_walk import TextWalk
+    from l4cli.training.device import torch_device
 
     batches = rows.batches(plan.config.text.attention_chunk_size)
-    with TextWalk(plan.stored.folder, batches, device=words.device) as walk:
+    device = torch_device(words.device)
+    with TextWalk(plan.stored.folder, batches, device=device) as walk:
         yield CalibrationWalk(walk)
 
 
@@ -214,6 +216,7 @@ def measure(plan: QuantizationPlan, out: Path, rows: TextRows, words: TextWords)
     """Compare what was written with the original; gives the figures that were shown."""
     from l4cli.evals.quality import compare
     from l4cli.text import load_tokenizer
+    from l4cli.training.device import torch_device
 
     token_bytes = load_tokenizer(plan.stored.folder).num_bytes()
     batches = rows.batches(plan.config.text.attention_chunk_size)
@@ -223,7 +226,7 @@ def measure(plan: QuantizationPlan, out: Path, rows: TextRows, words: TextWords)
             out,
             batches,
             token_bytes,
-            device=words.device,
+            device=torch_device(words.device),
             on_layer=lambda done, total: progress.update(done),
         )
     shown = [

@@ -91,8 +91,7 @@ def compare(
         for (piece, h_MD), (_, other_MD) in zip(ours.normed(), other.normed(), strict=True):
             for rows in _few(piece, ours.model.lm_head.weight.shape[0]):
                 labels_M = piece.batch.labels.flatten()[rows]
-                logits = (w.model.lm_head(h[rows]) for w, h in ((ours, h_MD), (other, other_MD)))
-                tally.add(*(each.float().log_softmax(-1) for each in logits), labels_M)
+                tally.add(_logp(ours, h_MD[rows]), _logp(other, other_MD[rows]), labels_M)
     return tally.quality(num_same / num_chosen if num_chosen else None)
 
 
@@ -107,6 +106,10 @@ def _pass_both(ours: TextWalk, other: TextWalk, layer_idx: int) -> tuple[int, in
     ours_MA, other_MA = (torch.cat(each.expert_MA)[is_real_M] for each in found)
     is_same_MA = (ours_MA.unsqueeze(-1) == other_MA.unsqueeze(-2)).any(dim=-1)
     return int(is_same_MA.sum()), is_same_MA.numel()
+
+
+def _logp(walk: TextWalk, h_MD: Tensor) -> Tensor:
+    return walk.model.lm_head(h_MD).float().log_softmax(-1)
 
 
 def _few(piece: Piece, vocab_size: int) -> Sequence[Tensor]:
