@@ -137,7 +137,7 @@ def _count(engine: Engine, row: Row, speculation: Speculation) -> int:
     """Tokens to guess: no more than can be taken back, or than the answer may have."""
     limits = (
         speculation.wanted(),
-        row.cache.room - 1,
+        row.cache.undoable - 1,
         row.request.max_new_tokens - row.num_new_tokens - 1,
         engine.max_context - row.cache.num_tokens - 2,
     )

@@ -68,15 +68,15 @@ def drafters(model) -> dict:
 def test_greedy_writes_the_same_tokens(name):
     model = text_model(max_position_embeddings=2048)
     engine, drafter = Engine(model), drafters(model)[name]
-    for length, count, penalty in ((1, 50, 1.0), (5, 3, 1.0), (19, 30, 1.3)):
+    for length, count, penalty in ((1, 30, 1.0), (5, 3, 1.0), (19, 16, 1.3)):
         sampling = SamplingOptions(repetition_penalty=penalty)
         ids = random_ids(length, seed=length)
         request = Request(ids, max_new_tokens=count, sampling=sampling)
         expected = written(engine, request)
-        for num_tokens in (None, 3, 20):
+        for num_tokens in (None, 3):
             speculation = Speculation(drafter, num_tokens)
             assert written(engine, request, speculation) == expected
-            if name == "equal" and num_tokens == 3 and count == 50:
+            if name == "equal" and num_tokens == 3 and count == 30:
                 # Of eight tokens some lie too near to a border for three guesses.
                 assert speculation.accepted_per_step > 1.2
 
@@ -110,7 +110,7 @@ def test_what_is_taken_back_was_never_there(kind, chunk_size, is_forked, monkeyp
         plain, guessed = plain.share(), guessed.share()
     num_undone, last = 0, slice(length - 1, length)
     for i in range(start, length - 1):
-        count = min(guessed.room, i % 6)
+        count = min(guessed.undoable, i % 6)
         guessed.store(wrong[i : i + count], wrong[i : i + count])
         guessed.take_back(len(wrong[i : i + count]))
         num_undone += count
@@ -148,25 +148,25 @@ def test_there_is_no_room_where_something_is_lost():
     cache = engine.prefill(random_ids(1))
     rooms = []
     for token in random_ids(2 * CHUNK).tolist():
-        rooms.append(cache.room)
+        rooms.append(cache.undoable)
         engine.prefill([token], cache=cache)
     assert rooms == [6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0, 7]
     whole = Engine(text_model(attention_chunk_size=None), cache_options=CacheOptions("int8"))
     cache = whole.prefill(random_ids(100))
-    assert cache.room == 128 + 128 - 100 - 1
+    assert cache.undoable == 128 + 128 - 100 - 1
 
 
 @pytest.mark.parametrize("finish", ["stop", "length", "context", "left"])
 @pytest.mark.parametrize("name", ["equal", "lookup", "liar"])
 def test_wherever_an_answer_ends_the_cache_holds_what_was_told(finish, name):
-    model = text_model(max_position_embeddings=40 if finish == "context" else 2048)
+    model = text_model(max_position_embeddings=30 if finish == "context" else 2048)
     engine, ids = Engine(model), random_ids(9)
     drafter = drafters(text_model(max_position_embeddings=2048))[name]
-    expected = written(engine, Request(ids, max_new_tokens=35))
-    for end in (1, 2, 9, 20):
+    expected = written(engine, Request(ids, max_new_tokens=24))
+    for end in (1, 2, 11):
         stop = expected[end] if finish == "stop" else -1
         cache = engine.prefill(ids)
-        count = end + 1 if finish == "length" else 35
+        count = end + 1 if finish == "length" else 24
         request = Request([], cache=cache, max_new_tokens=count, stop_ids=(stop,))
         told = []
         for event in engine.generate([request], speculation=Speculation(drafter, 4)):
@@ -234,7 +234,7 @@ def test_samples_are_from_the_model_s_distribution(name, sampling):
         name, ModelDrafter(Engine(draft))
     )
     counts: dict[tuple[int, ...], int] = dict.fromkeys(expected, 0)
-    num_samples = 1000
+    num_samples = 500 if name in ("alike", "other") else 900
     speculation = Speculation(drafter, 2)
     for seed, fork in enumerate(engine.prefill(ids).fork(num_samples)):
         seeded = replace(options, seed=seed)
