@@ -47,6 +47,8 @@ class ExpertPool:
         self.held: OrderedDict[Key, Slot] = OrderedDict()
         self.wanted: set[Key] = set()  # of the layer at work, not yet computed with
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:  # what lay in this memory before may still be read
+            self.stream.wait_stream(torch.cuda.current_stream(device))
         self.num_copies = self.num_found = 0
 
     def start(self, key: Key, tensors: Sequence[Tensor], *, is_guess: bool = False) -> bool:
@@ -101,7 +103,8 @@ class OffloadedExperts(nn.Module):
         self.layer_idx, self.pool = layer_idx, pool
         stored = [experts.gate_up_proj.detach(), experts.down_proj.detach()]
         if pool.stream is not None:  # only from pinned memory a copy runs beside the computing
-            stored = [tensor.pin_memory() for tensor in stored]
+            for tensor in stored:
+                _pin(tensor)
         self.weights = list(zip(*stored, strict=True))  # of each expert: [D, 2F], [F, D]
         self.waiting: list[int] = []
 
@@ -150,6 +153,12 @@ class OffloadedExperts(nn.Module):
             if not self.pool.start(key, self.weights[expert]):
                 return
             self.pool.wanted.add(key)
+
+
+def _pin(tensor: Tensor) -> None:
+    """Lock memory where it lies: `pin_memory` would copy, and round up to a power of two."""
+    register = torch.cuda.cudart().cudaHostRegister
+    torch.cuda.check_error(register(tensor.data_ptr(), tensor.nbytes, 0))
 
 
 class Forecast:

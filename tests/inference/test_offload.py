@@ -36,6 +36,20 @@ def test_answers_are_those_of_the_plain_model(num_slots, changes):
     assert len(pool.held) <= pool.num_slots
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("num_slots", [2, 5, 16])
+def test_on_a_gpu_copies_arrive_before_they_are_used(num_slots, tmp_path):
+    plain, cuda = text_model(**MANY), torch.device("cuda")
+    save_model(plain, tmp_path / "m", {})
+    model = open_offloaded(tmp_path / "m", cuda, None, num_slots * EXPERT_BYTES)
+    plain = plain.to(cuda)
+    for seed in range(5):
+        ids = random_ids(40, seed).to(cuda)
+        torch.testing.assert_close(full_logits(model, ids), full_logits(plain, ids))
+    request = Request(random_ids(40), max_new_tokens=40)
+    assert tokens_of(model, request) == tokens_of(plain, request)
+
+
 def test_what_fits_is_copied_once():
     model = text_model()
     pool = offload_experts(model, CPU, 8 * EXPERT_BYTES)
