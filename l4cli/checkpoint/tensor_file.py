@@ -1,4 +1,4 @@
-"""Write safetensors files tensor by tensor, so that memory holds one of them at a time.
+"""Write safetensors files tensor by tensor, so that memory holds one of them at a time; read one.
 
 in: named tensors; out: a file, and its SHA-256
 source: the safetensors format: 8 bytes of header length, a JSON header, the data
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from l4cli.checkpoint.atomic import replacing
+from l4cli.checkpoint.headers import TensorEntry
+from l4cli.errors import L4Error
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -26,8 +29,11 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _WRITE_BYTES = 32 << 20
 
 NamedTensor = tuple[str, Tensor]
@@ -90,7 +96,7 @@ def write_streamed(path: Path, tensors: Sequence[Streamed]) -> str:
         file.write(header)
         for tensor in ordered:
             for part in tensor.parts():
-                data = _bytes_of(part, tensor.dtype)
+                data = bytes_of(part, tensor.dtype)
                 for start in range(0, len(data), _WRITE_BYTES):
                     block = data[start : start + _WRITE_BYTES]
                     digest.update(block)
@@ -98,6 +104,28 @@ def write_streamed(path: Path, tensors: Sequence[Streamed]) -> str:
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+def bytes_of(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    """A tensor's data as it is stored."""
     flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def read_tensor(path: Path, entry: TensorEntry, index: int | None = None) -> Tensor:
+    """Read one tensor, or its part at an index of the first dimension, into memory of its own.
+
+    Nothing is mapped: pages of a mapped file count as ours, whole files of them.
+    """
+    shape, start, end = entry.shape, entry.start, entry.end
+    if index is not None:
+        size_bytes = (end - start) // shape[0]
+        shape, start, end = shape[1:], start + index * size_bytes, start + (index + 1) * size_bytes
+    data = torch.empty(end - start, dtype=torch.uint8)
+    view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
+    with path.open("rb", buffering=0) as file:
+        while done < len(view):
+            count = os.preadv(file.fileno(), [view[done : done + _WRITE_BYTES]], start + done)
+            if count == 0:
+                why = f"it ends at byte {start + done}, its header promises more"
+                raise L4Error(f"cannot read `{path}`", why=why, fix="fetch or write it again")
+            done += count
+    return data.view(DTYPES[entry.dtype]).view(shape)

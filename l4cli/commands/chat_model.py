@@ -222,7 +222,8 @@ def _generation(folder: Path, config: Llama4Config) -> dict[str, Any]:
 
 def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
     stored = open_weights(folder)
-    per_value = {"fp32": 4, "bf16": 2}.get(dtype)
+    # Codes become the values they stand for.
+    per_value = {"fp32": 4, "bf16": 2}.get(dtype, 2 if stored.quantization else None)
     needed = stored.num_parameters * per_value if per_value else stored.size_bytes
     available = available_memory(str(device))
     if needed > available:
