@@ -270,7 +270,8 @@ def test_codes_become_plain_values(checkpoint: Path, tmp_path: Path) -> None:
     written, coded = (load_model(tmp_path / name).state_dict() for name in ("hf", "codes"))
     for name, weight in written.items():
         assert torch.equal(weight, coded[name]), name
-        assert weight.dtype == torch.bfloat16  # as the quantizer leaves what it does not round
+        assert weight.dtype == coded[name].dtype
+        assert weight.dtype == torch.bfloat16 or "experts." not in name
 
 
 def test_a_picture_encoder_stays_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
