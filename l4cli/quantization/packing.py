@@ -23,7 +23,8 @@ def pack_codes(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     raised = torch.nn.functional.pad(raised, (0, -codes.shape[1] % per_word))
     if bits == 4:
         raised = raised[:, 0::2] | raised[:, 1::2] << 4
-    return raised.contiguous().view(torch.int32)
+    # Flat first: a transposed row counts as contiguous with strides that `view` refuses.
+    return raised.reshape(-1).view(torch.int32).view(len(codes), -1)
 
 
 def unpack_codes(words: Tensor, bits: int, size: int, dim: int = 1) -> Tensor:
@@ -31,7 +32,7 @@ def unpack_codes(words: Tensor, bits: int, size: int, dim: int = 1) -> Tensor:
     assert bits in (4, 8)
     if dim == 0:
         return unpack_codes(words.T, bits, size).T.contiguous()
-    raised = words.contiguous().view(torch.uint8)
+    raised = words.reshape(-1).view(torch.uint8).view(len(words), -1)
     if bits == 4:
         raised = torch.stack((raised & 15, raised >> 4), dim=-1).flatten(1)
     # A code's byte less half the range, modulo 256, is its two's complement.

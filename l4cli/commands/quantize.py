@@ -1,0 +1,220 @@
+"""Make a checkpoint small: int4, int8 or fp8, in a folder that transformers and vLLM open too.
+
+CHECKPOINT is a bf16 or fp32 folder, or a run folder (its latest). Every linear map of the decoder
+is quantized, routers, norms and embeddings are not. Layers are read and written one by one, so a
+model may be larger than memory.
+
+examples:
+  l4 quantize runs/chat/latest --format int4 -o nano-int4/
+  l4 quantize scout/ --format int4 --group-size 128 --attention bf16 -o scout-int4/
+  l4 quantize maverick/ --format fp8 --attention bf16 --shared bf16 -o maverick-fp8/
+  l4 quantize runs/nano/latest --format int4 --lm-head int8 --dry-run
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from l4cli import terminal
+from l4cli.commands.options import Json, Quiet
+from l4cli.commands.quantize_options import (
+    BLOCK,
+    DECODER_PARTS,
+    DEFAULT_GROUP,
+    Attention,
+    Blocks,
+    Dense,
+    Experts,
+    Format,
+    FormatOption,
+    FormatWords,
+    GroupSizeOption,
+    LmHead,
+    Method,
+    MethodOption,
+    PartFormat,
+    Shared,
+    Vision,
+    ZeroPoints,
+    check_words,
+    parse_group_size,
+)
+from l4cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from l4cli.checkpoint import LayerReport, QuantizationPlan
+    from l4cli.quantization import Quantizer, WeightFormat
+
+_MAX_LISTED = 5
+_SAMPLE = (256, 4096)  # weights that a time estimate rounds
+
+
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="what to quantize")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="new folder, must not exist yet")
+    ] = None,
+    format: FormatOption = Format.int4,
+    group_size: GroupSizeOption = None,
+    zero_points: ZeroPoints = False,
+    blocks: Blocks = False,
+    method: MethodOption = Method.search,
+    attention: Attention = None,
+    experts: Experts = None,
+    shared: Shared = None,
+    dense: Dense = None,
+    lm_head: LmHead = PartFormat.bf16,
+    vision: Vision = PartFormat.bf16,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="sizes before and after, and the time; write nothing")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    terminal.configure(json=json, quiet=quiet)
+    chosen = dict(zip(DECODER_PARTS, (attention, experts, shared, dense), strict=True))
+    names = {part: str(name or format) for part, name in chosen.items()}
+    names |= {"lm-head": str(lm_head), "vision": str(vision)}
+    words = FormatWords(parse_group_size(group_size), zero_points, blocks)
+    check_words(set(names.values()), words)
+    if out is None and not dry_run:
+        fix = f"name a new folder: `-o {checkpoint.name or 'model'}-{format}`"
+        raise UsageError("nowhere to write", why="`-o` is missing", fix=fix)
+    _run(checkpoint, out, names, words, method, dry_run)
+
+
+def _run(
+    checkpoint: Path,
+    out: Path | None,
+    names: dict[str, str],
+    words: FormatWords,
+    method: Method,
+    dry_run: bool,
+) -> None:
+    from l4cli.checkpoint import plan_quantization, quantize_checkpoint, require_new
+    from l4cli.quantization import RoundingQuantizer
+
+    if out is not None:
+        require_new(out)
+    formats = {part: _format(name, words) for part, name in names.items()}
+    plan = plan_quantization(checkpoint, formats)
+    quantizer = RoundingQuantizer(searches=method == Method.search)
+    _show_plan(plan, formats, method)
+    if dry_run:
+        _show_estimate(plan, quantizer)
+        return
+    assert out is not None
+    options = {
+        "source": str(plan.stored.folder),
+        "method": str(method),
+        "formats": {part: str(format or "bf16") for part, format in formats.items()},
+    }
+    start_s = time.monotonic()
+    with terminal.progress("quantize", plan.num_quantized) as progress:
+
+        def show(num_done: int) -> None:
+            rate = num_done / (time.monotonic() - start_s)
+            left_s = (plan.num_quantized - num_done) / rate
+            figures = {"weights_per_sec": terminal.count_text(rate)}
+            progress.update(num_done, **figures, eta=terminal.time_text(left_s))
+
+        reports = quantize_checkpoint(
+            plan,
+            out,
+            quantizer,
+            on_layer=lambda report: terminal.emit({"event": "layer", **report.to_dict()}),
+            on_weights=show,
+            describe=lambda: options,
+        )
+    _show_result(plan, reports, out, time.monotonic() - start_s)
+
+
+def _format(name: str, words: FormatWords) -> WeightFormat | None:
+    from l4cli.quantization import WeightFormat
+
+    if name == "bf16":
+        return None
+    if name == "fp8":
+        return WeightFormat("fp8", block=BLOCK if words.blocks else None)
+    if name == "int8":
+        return WeightFormat("int8", words.group_size)
+    group_size = words.group_size or DEFAULT_GROUP
+    return WeightFormat("int4", group_size, symmetric=not words.zero_points)
+
+
+# For people
+
+
+def _show_plan(
+    plan: QuantizationPlan, formats: dict[str, WeightFormat | None], method: Method
+) -> None:
+    parts = {each.part for each in plan.maps}
+    shown = [f"{part} {format or 'bf16'}" for part, format in formats.items() if part in parts]
+    terminal.say(f"quantize `{plan.stored.folder}` by {method}: {', '.join(shown)}")
+    before, after = plan.stored.size_bytes, plan.size_bytes
+    terminal.say(
+        f"{terminal.bytes_text(before)} -> {terminal.bytes_text(after)}, "
+        f"{plan.bits_per_weight:.2f} bits per weight "
+        f"({plan.bits_per_quantized_weight:.2f} of those quantized)"
+    )
+    for name, why in list(plan.left.items())[:_MAX_LISTED]:
+        terminal.warn(f"`{name}` stays bf16: {why}")
+    if len(plan.left) > _MAX_LISTED:
+        terminal.warn(f"{len(plan.left) - _MAX_LISTED} more stay bf16, listed in `quantize.json`")
+
+
+def _show_estimate(plan: QuantizationPlan, quantizer: Quantizer) -> None:
+    """Round a sample of each format; reading and writing go at the disk's speed beside it."""
+    import torch
+
+    from l4cli.checkpoint import plan_facts
+
+    time_s = 0.0
+    sample = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0))
+    for format in set(plan.choices.values()):
+        start_s = time.monotonic()
+        list(quantizer.quantize_layer(None, {"sample": sample}, {"sample": format}))
+        per_weight_s = (time.monotonic() - start_s) / sample.numel()
+        sizes = {each.name: each.shape[0] * each.shape[1] for each in plan.maps}
+        num_weights = sum(sizes[name] for name, chosen in plan.choices.items() if chosen == format)
+        time_s += per_weight_s * num_weights
+    facts = plan_facts(plan)
+    terminal.emit({"event": "dry_run", **facts, "time_s": time_s})
+    rows = [
+        ("weights", terminal.count_text(plan.num_parameters)),
+        ("quantized", terminal.count_text(plan.num_quantized)),
+        ("before", terminal.bytes_text(facts["bytes_before"])),
+        ("after", terminal.bytes_text(facts["size_bytes"])),
+        ("bits per weight", f"{facts['bits_per_weight']:.3f}"),
+        ("time", f"about {terminal.time_text(time_s)} on this machine, without the disk's"),
+    ]
+    terminal.table("", ("what", "value"), rows)
+
+
+def _show_result(
+    plan: QuantizationPlan, reports: list[LayerReport], out: Path, time_s: float
+) -> None:
+    from l4cli.checkpoint import plan_facts
+
+    parts = [p for p in (*DECODER_PARTS, "lm-head", "vision") if any(p in r.parts for r in reports)]
+    rows = [_row(report, parts) for report in reports]
+    terminal.table("relative error and size of each layer", ("layer", *parts, "size"), rows)
+    facts = plan_facts(plan)
+    done: dict[str, Any] = {"event": "done", "checkpoint": str(out), **facts, "time_s": time_s}
+    terminal.emit(done)
+    terminal.result(f"bits per weight: {facts['bits_per_weight']:.3f}")
+    terminal.say(f"wrote `{out}` in {terminal.time_text(time_s)}; look at it with `l4 info {out}`")
+
+
+def _row(report: LayerReport, parts: list[str]) -> list[str]:
+    cells = []
+    for part in parts:
+        found = report.parts.get(part)
+        is_coded = found is not None and found.squared_norm > 0
+        cells.append(f"{found.error:.4f}" if found and is_coded else "-" if found else "")
+    layer = "outside" if report.layer_idx is None else str(report.layer_idx)
+    return [layer, *cells, terminal.bytes_text(report.to_dict()["size_bytes"])]
