@@ -270,8 +270,7 @@ class _Bench:
 
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l4-bench-")))
         kind = {"fp32": "f32"}.get(self.compute, self.compute)
-        with ParameterReader(folder) as parameters:
-            write_gguf(parameters, load_tokenizer(folder), place / "model.gguf", kind)
+        write_gguf(ParameterReader(folder), load_tokenizer(folder), place / "model.gguf", kind)
         return place / "model.gguf"
 
     def _has_transformers(self) -> bool:
