@@ -6,6 +6,7 @@ source: HF Llama4TextMoe; bias and its rules: arXiv 2408.15664
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.ops.autograd import apply
-from l4cli.ops.choice import REFERENCE, Op, Version
+from l4cli.ops.choice import REFERENCE, Op, Version, triton_version
 
 
 class Routing(Protocol):
@@ -190,9 +191,16 @@ def _plain_swiglu(h_F: Tensor) -> Tensor:
     return F.silu(gate_F) * up_F
 
 
+def _load_triton() -> Callable[..., Tensor]:
+    from l4cli.ops.triton_moe import routed_experts
+
+    return routed_experts
+
+
 ROUTED_EXPERTS = Op(
     "routed_experts",
     [
+        triton_version(_load_triton, "rows gathered inside the products, SwiGLU fused"),
         Version("sorted", lambda: _sorted, "sorted by expert; an expert's rows in one product"),
         Version(REFERENCE, lambda: reference_routed_experts, "every token alone"),
     ],

@@ -14,3 +14,9 @@ def product(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr):
         b = tl.load(b_ptr + (start + k[:, None]) * BLOCK + i[None, :])
         total = tl.dot(a, b, total)
     tl.store(c_ptr + i[:, None] * BLOCK + i[None, :], total)
+
+
+@triton.jit
+def round_to(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))

@@ -37,7 +37,7 @@ needs_triton = pytest.mark.skipif(
 
 def run_interpreted(file: str, *pytest_args: str) -> None:
     """Run a file of tests with `TRITON_INTERPRET=1`; its report is shown when one fails."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "L4_OPS": "auto"}
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "L4_OPS": "triton"}
     call = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run([*call, *pytest_args], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -45,26 +45,43 @@ def run_interpreted(file: str, *pytest_args: str) -> None:
 
 
 def repair_interpreter() -> None:
-    """Make `tl.dot` right on bf16: Triton 3.9's interpreter multiplies the raw 16-bit patterns."""
+    """Make bf16 right in Triton 3.9's interpreter, as GPUs compute it.
+
+    `tl.dot` multiplies the raw 16-bit patterns there, and casts from fp32 cut bits off where the
+    hardware rounds to nearest even.
+    """
     import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
     assert os.environ.get("TRITON_INTERPRET") == "1", "run this file through `run_interpreted`"
+    builder, handle_of = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    original_dot, original_cast = builder.create_dot, builder.cast_impl
 
     def widen(handle: Any) -> Any:
-        if "bf16" in str(handle.dtype):
+        if handle.dtype.scalar == tl.bfloat16:
             return (handle.data.astype(np.uint32) << 16).view(np.float32)
         return handle.data
 
-    original = interpreter.InterpreterBuilder.create_dot
-
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        if "bf16" not in str(a.dtype) and "bf16" not in str(b.dtype):
-            return original(self, a, b, d, *rest)
+        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+            return original_dot(self, a, b, d, *rest)
         product = np.matmul(widen(a), widen(b), dtype=d.data.dtype)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+        return handle_of(product + d.data, d.dtype.scalar)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        kinds = (src.dtype.scalar, dst_type.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            return handle_of(widen(src), tl.float32)
+        if kinds != (tl.float32, tl.bfloat16):
+            return original_cast(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        quiet_nan = (bits >> 16) | 0x40
+        out = np.where(np.isnan(src.data), quiet_nan, rounded).astype(np.uint16)
+        return handle_of(out.reshape(src.data.shape), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 # Compiled offline
