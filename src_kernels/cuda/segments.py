@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+MAX_HEAD_DIM = 128
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
@@ -37,13 +37,16 @@ class Sizes(NamedTuple):
     dkv: Blocks
 
 
-def choose_sizes(dtype: torch.dtype, head_dim: int) -> Sizes:
-    """What compiles without spills for sm_90 and sm_100."""
+def choose_sizes(dtype: torch.dtype, head_dim: int, arch: int) -> Sizes:
+    """What compiles without spills for compute capability `arch`: 90, 100."""
     if dtype == torch.float32:  # no tensor cores: products stay exact
-        small = Blocks(32, 32, 4, 2)
+        small = Blocks(32, 16, 8, 2)
         return Sizes(small, small, small)
-    warps = 8 if head_dim > 64 else 4
-    return Sizes(Blocks(128, 64, warps, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, warps, 2))
+    is_wide = head_dim > 64
+    forward = Blocks(128, 64, 8 if is_wide else 4, 3)
+    # Two sums of 128 x 128 and three tiles in flight are too much for Blackwell's registers.
+    dkv = Blocks(128, 64, 8, 1) if is_wide and arch >= 100 else Blocks(128, 32, 8, 2)
+    return Sizes(forward, Blocks(128, 64, 8, 2), dkv)
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,11 @@ def _cut(starts: Tensor, lengths: Tensor, size: int) -> Tensor:
 
 
 @triton.jit
-def _rows(base, at, stride, dims, is_real, is_dim):
-    """A block of rows of one head. shapes: at [rows] -> [rows, H]"""
-    where = at.to(tl.int64)[:, None] * stride + dims[None, :]
+def _rows(base, first, stride, dims, is_real, is_dim):
+    """Rows of one head from position `first` on. shapes: is_real [rows] -> [rows, H]"""
+    # One wide number and narrow offsets from it: a wide address each would spill registers.
+    base += first.to(tl.int64) * stride
+    where = tl.arange(0, is_real.shape[0])[:, None] * stride + dims[None, :]
     return tl.load(base + where, mask=is_real[:, None] & is_dim[None, :], other=0.0)
 
 
@@ -90,14 +95,14 @@ def _forward_block(
     """Take in OTHER keys. Only on the diagonal is a score hidden or a key beyond the segment."""
     keys = key + tl.arange(0, OTHER)
     is_key = keys < length
-    k_tile = _rows(k, start + keys, k_row, dims, is_key, is_dim)
+    k_tile = _rows(k, start + key, k_row, dims, is_key, is_dim)
     scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
     if IS_DIAGONAL:
         scores = tl.where(rows[:, None] >= keys[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     probs = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    v_tile = _rows(v, start + keys, v_row, dims, is_key, is_dim)
+    v_tile = _rows(v, start + key, v_row, dims, is_key, is_dim)
     acc = tl.dot(probs.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
     return new_top, total * shrink + tl.sum(probs, 1), acc
 
@@ -115,7 +120,7 @@ def segments_forward(
     is_row = rows < length
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < HEAD_DIM
-    q_tile = _rows(q + head * q_head, start + rows, q_row, dims, is_row, is_dim)
+    q_tile = _rows(q + head * q_head, start + first, q_row, dims, is_row, is_dim)
     k += head // group * k_head
     v += head // group * v_head
     top = tl.full([OWN], float("-inf"), tl.float32)
@@ -147,8 +152,8 @@ def _dq_block(
 ):  # fmt: skip
     keys = key + tl.arange(0, OTHER)
     is_key = keys < length
-    k_tile = _rows(k, start + keys, k_row, dims, is_key, is_dim)
-    v_tile = _rows(v, start + keys, v_row, dims, is_key, is_dim)
+    k_tile = _rows(k, start + key, k_row, dims, is_key, is_dim)
+    v_tile = _rows(v, start + key, v_row, dims, is_key, is_dim)
     scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
     probs = tl.exp2(scores - lse[:, None])
     if IS_DIAGONAL:
@@ -173,9 +178,9 @@ def segments_dq(
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < HEAD_DIM
     at = (start + rows).to(tl.int64)
-    q_tile = _rows(q + head * q_head, at, q_row, dims, is_row, is_dim)
-    grad_tile = _rows(grad + head * HEAD_DIM, at, out_row, dims, is_row, is_dim)
-    out_tile = _rows(out + head * HEAD_DIM, at, out_row, dims, is_row, is_dim)
+    q_tile = _rows(q + head * q_head, start + first, q_row, dims, is_row, is_dim)
+    grad_tile = _rows(grad + head * HEAD_DIM, start + first, out_row, dims, is_row, is_dim)
+    out_tile = _rows(out + head * HEAD_DIM, start + first, out_row, dims, is_row, is_dim)
     row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     number = head.to(tl.int64) * num_positions + at
     tl.store(delta + number, row_delta, mask=is_row)
@@ -207,8 +212,8 @@ def _dkv_block(
     """Take in OTHER queries; scores are kept transposed, so that no tile is turned twice."""
     rows = query + tl.arange(0, OTHER)
     is_row = rows < length
-    at = (start + rows).to(tl.int64)
-    q_tile = _rows(q, at, q_row, dims, is_row, is_dim)
+    at = start + rows
+    q_tile = _rows(q, start + query, q_row, dims, is_row, is_dim)
     # Beyond the segment the sum is infinite and every probability zero.
     row_lse = tl.load(lse + at, mask=is_row, other=float("inf"))
     probs = tl.exp2(
@@ -216,7 +221,7 @@ def _dkv_block(
     )
     if IS_DIAGONAL:
         probs = tl.where(rows[None, :] >= keys[:, None], probs, 0.0)
-    grad_tile = _rows(grad, at, out_row, dims, is_row, is_dim)
+    grad_tile = _rows(grad, start + query, out_row, dims, is_row, is_dim)
     dv = tl.dot(probs.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
     row_delta = tl.load(delta + at, mask=is_row, other=0.0)
     dprobs = tl.dot(v, tl.trans(grad_tile), input_precision=PRECISION)
@@ -239,8 +244,8 @@ def segments_dkv(
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < HEAD_DIM
     at = (start + keys).to(tl.int64)
-    k_tile = _rows(k + kv_head * k_head, at, k_row, dims, is_key, is_dim)
-    v_tile = _rows(v + kv_head * v_head, at, v_row, dims, is_key, is_dim)
+    k_tile = _rows(k + kv_head * k_head, start + first, k_row, dims, is_key, is_dim)
+    v_tile = _rows(v + kv_head * v_head, start + first, v_row, dims, is_key, is_dim)
     dk_acc = tl.zeros([OWN, BLOCK_H], tl.float32)
     dv_acc = tl.zeros([OWN, BLOCK_H], tl.float32)
     # OTHER divides OWN: from here on every query sees all of this tile's keys.
@@ -327,7 +332,7 @@ def _options(q_MNH: Tensor, size: Blocks) -> dict[str, Any]:
     head_dim = q_MNH.shape[-1]
     return {
         "HEAD_DIM": head_dim,
-        "BLOCK_H": triton.next_power_of_2(head_dim),
+        "BLOCK_H": max(triton.next_power_of_2(head_dim), 16),
         "OWN": size.own,
         "OTHER": size.other,
         "PRECISION": "ieee" if q_MNH.dtype == torch.float32 else "tf32",
