@@ -101,7 +101,7 @@ class Op:
         for version in self.versions:
             why = version.why_not(device, dtype)
             if version.for_tests_on_cpu and device.type == "cpu":
-                why = "for CUDA; on a CPU only forced, for tests"
+                why = "for CUDA; on a CPU only when forced"
             if why is None:
                 return version, "; ".join(refusals) or "the fastest there is"
             refusals.append(f"not `{version.name}`: {why}")
