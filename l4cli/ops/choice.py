@@ -20,6 +20,7 @@ import torch
 from l4cli.errors import UsageError, suggest
 
 AUTO, REFERENCE, TRITON = "auto", "reference", "triton"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Where operations are: their modules are imported when somebody asks for all of them.
 _PLACES = (
     ("norm", "RMS_NORM"),
@@ -31,6 +32,7 @@ _PLACES = (
     ("attention", "FULL_ATTENTION"),
     ("packed_linear", "PACKED_LINEAR"),
     ("cross_entropy", "LINEAR_CROSS_ENTROPY"),
+    ("cross_entropy", "TOKEN_LOSSES"),
 )
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
 

@@ -7,13 +7,14 @@ no [M, V] buffer ever exists
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l4cli.ops.choice import REFERENCE, Op, Version
+from l4cli.ops.choice import FLOATS, REFERENCE, Op, Version, triton_version
 
 CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in fp32
 
@@ -95,6 +96,29 @@ def _chunked(
     return _LinearCrossEntropy.apply(h_MD, weight_VD, labels_M, weights_M, chunk)
 
 
+def _load_triton() -> Callable[..., Tensor]:
+    losses = _load_triton_losses()
+
+    def without_logits(
+        h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int | None
+    ) -> Tensor:
+        return torch.dot(losses(h_MD, weight_VD, labels_M, chunk), weights_M)
+
+    return without_logits
+
+
+def _load_triton_losses() -> Callable[..., Tensor]:
+    from src_kernels.cuda import cross_entropy as kernels
+
+    def without_logits(
+        h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None
+    ) -> Tensor:
+        most = kernels.GRAD_ELEMENTS if chunk is None else chunk * len(weight_VD)
+        return kernels.token_losses(h_MD, weight_VD, labels_M, most)
+
+    return without_logits
+
+
 def reference_linear_cross_entropy(
     h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int | None = None
 ) -> Tensor:
@@ -106,6 +130,7 @@ def reference_linear_cross_entropy(
 LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
     [
+        triton_version(_load_triton, "no logits in memory, three products for gradients", FLOATS),
         Version("chunked", lambda: _chunked, "gradients in the forward, 8 MiB of logits at once"),
         Version(REFERENCE, lambda: reference_linear_cross_entropy, "all logits at once"),
     ],
@@ -117,6 +142,10 @@ def token_losses(
     h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None = None
 ) -> Tensor:
     """-log softmax(h @ weight.T)[label] of each token, fp32 [M], without gradients."""
+    return TOKEN_LOSSES.pick(h_MD)(h_MD, weight_VD, labels_M, chunk)
+
+
+def _chunked_losses(h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None) -> Tensor:
     chunk = chunk or max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
     cast_VD = weight_VD.to(h_MD.dtype)
     parts = [
@@ -126,3 +155,17 @@ def token_losses(
         for i in range(0, len(h_MD), chunk)
     ]
     return torch.cat(parts) if parts else h_MD.new_zeros(0, dtype=torch.float32)
+
+
+def _losses_at_once(h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None) -> Tensor:
+    return _chunked_losses(h_MD, weight_VD, labels_M, max(1, len(h_MD)))
+
+
+TOKEN_LOSSES = Op(
+    "token_losses",
+    [
+        triton_version(_load_triton_losses, "no logits in memory", FLOATS),
+        Version("chunked", lambda: _chunked_losses, "8 MiB of logits at once"),
+        Version(REFERENCE, lambda: _losses_at_once, "all logits at once"),
+    ],
+)

@@ -6,13 +6,14 @@ source: HF Llama4TextRMSNorm, Llama4TextL2Norm; statistics in fp32, cast back be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from l4cli.ops.autograd import apply
-from l4cli.ops.choice import REFERENCE, Op, Version
+from l4cli.ops.choice import FLOATS, REFERENCE, Op, Version, triton_version
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -57,6 +58,15 @@ def _two_pass(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return apply(_RMSNorm, x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
 
 
+def _load_triton() -> Callable[..., Tensor]:
+    from src_kernels.cuda import norm
+
+    def one_pass(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
+
+    return one_pass
+
+
 def reference_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The formula as Hugging Face writes it."""
     x32 = x.float()
@@ -79,6 +89,7 @@ def _two_pass_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 RMS_NORM = Op(
     "rms_norm",
     [
+        triton_version(_load_triton, "one pass each way, keeps x alone", FLOATS),
         Version("two-pass", lambda: _two_pass, "keeps x and a number a row", _two_pass_why_not),
         Version(REFERENCE, lambda: reference_rms_norm, "the formula in fp32"),
     ],
