@@ -27,6 +27,7 @@ _PLACES = (
     ("rope", "ROTATE_UNIT"),
     ("swiglu", "SWIGLU"),
     ("moe", "ROUTED_EXPERTS"),
+    ("fp8", "FP8_EXPERTS"),
     ("attention", "SEGMENT_ATTENTION"),
     ("attention", "FULL_ATTENTION"),
     ("parts_attention", "ATTEND_PARTS"),

@@ -40,3 +40,14 @@ def test_bf16_arithmetic() -> None:
     z = torch.empty_like(x)
     subtract[(1,)](x, y, z, BLOCK=256)
     assert torch.equal(z, x - y)
+
+
+def test_casts_to_fp8_round_to_nearest_even() -> None:
+    """Every magnitude from the subnormal ones to the largest, ties and carries among them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, generator=generator) * torch.logspace(-4, 2, 256)
+    x[:6] = torch.tensor([1.0625, 1.1875, 0.97, 448.0, 460.0, 2.0**-10])
+    x = x.clamp(-448, 460)
+    codes = torch.empty(256, dtype=torch.float8_e4m3fn)
+    round_to[(1,)](x, codes, BLOCK=256)
+    assert torch.equal(codes.float(), x.to(torch.float8_e4m3fn).float())

@@ -45,19 +45,20 @@ def run_interpreted(file: str, *pytest_args: str) -> None:
 
 
 def repair_interpreter() -> None:
-    """Make bf16 right in Triton 3.9's interpreter, as GPUs compute it.
+    """Make bf16 and fp8 right in Triton 3.9's interpreter, as GPUs compute them.
 
     `tl.dot` and arithmetic work on the raw 16-bit patterns there, and casts from fp32 cut bits off
-    where the hardware rounds to nearest even.
+    where the hardware rounds to nearest even. Casts to fp8 lose the carry into the exponent.
     """
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
     assert os.environ.get("TRITON_INTERPRET") == "1", "run this file through `run_interpreted`"
     builder, handle_of = interpreter.InterpreterBuilder, interpreter.TensorHandle
     original_dot, original_cast = builder.create_dot, builder.cast_impl
-    original_binary = builder.binary_op
+    original_binary, original_fp8 = builder.binary_op, builder.create_fp_to_fp
 
     def widen(handle: Any) -> Any:
         if handle.dtype.scalar == tl.bfloat16:
@@ -89,7 +90,14 @@ def repair_interpreter() -> None:
             return original_binary(self, a, b, op)
         return narrow(op(widen(a), widen(b)))
 
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+            return original_fp8(self, src, dst_type, rounding_mode)
+        codes = torch.from_numpy(np.array(src.data)).to(torch.float8_e4m3fn)
+        return handle_of(codes.view(torch.uint8).numpy(), tl.float8e4nv)
+
     builder.create_dot, builder.cast_impl, builder.binary_op = create_dot, cast_impl, binary_op
+    builder.create_fp_to_fp = create_fp_to_fp
 
 
 # Compiled offline
