@@ -30,6 +30,7 @@ _PLACES = (
     ("attention", "SEGMENT_ATTENTION"),
     ("attention", "FULL_ATTENTION"),
     ("packed_linear", "PACKED_LINEAR"),
+    ("weight_only", "WEIGHT_ONLY"),
     ("cross_entropy", "LINEAR_CROSS_ENTROPY"),
     ("cross_entropy", "TOKEN_LOSSES"),
 )
