@@ -82,15 +82,15 @@ class Bench:
             self._check_lengths()
             self._find_precision(folder)
             names = ["l4"]
-            for cases, make in (
-                (self.plan.answering(), self._answering_sides),
-                (self.plan.training(), self._training_sides),
-            ):
-                if cases:
-                    sides = make(folder, stack)
-                    names += [side.name for side in sides if side.name not in names]
-                    self._measure(cases, sides)
-                    del sides  # weights of one half make room for those of the other
+            if self.plan.answering():
+                sides = self._answering_sides(folder, stack)
+                names += [side.name for side in sides[1:]]
+                self._measure(self.plan.answering(), sides, self.products)
+                del sides  # their weights make room for those that are trained
+            if self.plan.training():
+                sides = self._training_sides(folder)
+                names += [side.name for side in sides if side.name not in names]
+                self._measure(self.plan.training(), sides, self.compute)
         self._show(name, names, load_before)
 
     def _wants(self, peer: str) -> bool:
@@ -131,9 +131,9 @@ class Bench:
         vocab_size = self.config.text.vocab_size
         engine = OurEngine(folder, str(self.device.type), self.dtype, vocab_size)
         self.native = engine.native
-        if self.native is not None and self.native.instructions != "portable":
-            self.products = "int8"  # what codes are multiplied as
         if self.native is not None:
+            if self.weights.startswith("int"):
+                self.products = "int8"  # what these codes are multiplied as
             self.weights += f", in C++ ({self.native.instructions})"
         sides: list[Side] = [engine]
         file = self._gguf_file(folder, stack)
@@ -144,7 +144,7 @@ class Bench:
             sides.append(bench_peers.Transformers(folder, self.device, self.compute, vocab_size))
         return sides
 
-    def _training_sides(self, folder: Path, stack: ExitStack) -> list[Side]:
+    def _training_sides(self, folder: Path) -> list[Side]:
         needed = training_bytes(
             self.config, "adamw", self.compute, self.plan.batch_size, self.plan.seq_len
         )
@@ -207,11 +207,11 @@ class Bench:
             self.notes.append(text)
             terminal.say(text)
 
-    def _measure(self, cases: list[Case], sides: list[Side]) -> None:
+    def _measure(self, cases: list[Case], sides: list[Side], products: str) -> None:
+        """`products`: the dtype whose products are the ceiling."""
         if not sides:
             return
         probe, device = BandwidthProbe(str(self.device)), str(self.device)
-        products = self.products
         ceilings = {
             READ: lambda: probe.measure(self.num_threads),
             f"{products} products": lambda: measure_gemm_rate(products, device),
