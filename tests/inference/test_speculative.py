@@ -362,6 +362,8 @@ def test_a_full_draft_falls_silent():
     speculation = Speculation(drafter, 3)
     assert written(Engine(model), request, speculation) == written(Engine(model), request)
     assert drafter.cache.num_tokens <= 30
+    assert drafter.why_silent() == "its context of 30 tokens is full"
+    assert LookupDrafter().why_silent() is None
     long = Request(random_ids(50), max_new_tokens=5)
     assert written(Engine(model), long, speculation) == written(Engine(model), long)
 
