@@ -43,9 +43,12 @@ COMMANDS = (
     Command("pack", "a token stream -> packed shards", is_main=True),
     Command("pretrain", "train a model on packed shards, or go on training one", is_main=True),
     Command("extend-context", "train a model on longer and longer rows", is_main=True),
+    Command("quantize", "make a model small: int4, int8, fp8", is_main=True),
     Command("chat", "talk to a model, with pictures and videos", is_main=True),
     Command("needle-test", "how far a model can read, with controls and a heat map", is_main=True),
     Command("train-tokenizer", "learn a byte-level BPE vocabulary from text"),
+    Command("convert", "write a checkpoint as plain Hugging Face, or as GGUF for llama.cpp"),
+    Command("bench", "how fast a model reads, answers and trains here, beside other programs"),
     Command("info", "explain any preset, file or folder the suite reads or writes"),
 )
 _BY_NAME = {command.name: command for command in COMMANDS}

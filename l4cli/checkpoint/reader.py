@@ -2,6 +2,8 @@
 
 in: a folder, or a run folder (its latest); out: a config, or a model filled tensor by tensor
 source: facts on checkpoint formats; safetensors `safe_open`
+
+Quantized linear maps are filled with the values that their codes stand for.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from l4cli.checkpoint.compressed_tensors import require_readable
 from l4cli.checkpoint.hf_keys import Matching, Piece, match
+from l4cli.checkpoint.quantized import (
+    codes_shape,
+    is_quantized,
+    module_of,
+    plain_keys,
+    read_quantized,
+)
 from l4cli.checkpoint.stored import (
     CONFIG,
     StoredWeights,
@@ -39,15 +49,17 @@ _MAPPED_BYTES = 1 << 30
 def load_config(path: Path | str, *, allow_quantized: bool = False) -> Llama4Config:
     """Read the config of a checkpoint.
 
-    raises: L4Error for a missing config, another architecture, or a quantized checkpoint
+    raises: L4Error for a missing config, another architecture, or codes that `l4` cannot read
+    (`allow_quantized`: whatever the codes are)
     """
     folder = resolve_checkpoint(path)
     _require_config(folder)
     config = Llama4Config.from_file(folder / CONFIG)
     quantization = json_object(folder / CONFIG).get("quantization_config")
     if quantization and not allow_quantized:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise _quantized(folder, f"`{CONFIG}` says `{method or quantization}`")
+        if not isinstance(quantization, dict):
+            quantization = {"quant_method": str(quantization)}
+        require_readable(folder, quantization)
     return config
 
 
@@ -77,9 +89,10 @@ def load_model(
     config: Llama4Config | None = None,
     check_finite: bool = True,
 ) -> Any:
-    """Build the model a checkpoint describes and stream its weights in; `dtype` None: as stored.
+    """Build the model a checkpoint describes and stream its weights in.
 
-    `config`: of the same shape, in place of the checkpoint's own.
+    `dtype` None: as stored, which for codes is bf16. `config`: of the same shape, in place of the
+    checkpoint's own.
     """
     folder = resolve_checkpoint(path)
     model = build_model(config or load_config(folder), device="meta")
@@ -105,13 +118,18 @@ def require_weights_fit(
     _matched(build_model(config, "meta"), path, may_lack)
 
 
+def matched_pieces(config: Llama4Config, path: Path | str) -> list[Piece]:
+    """Where the values of each parameter are stored; refuses what does not fit."""
+    return _matched(build_model(config, "meta"), path, ())[1].pieces
+
+
 def _matched(
     model: nn.Module, path: Path | str, may_lack: tuple[str, ...]
 ) -> tuple[StoredWeights, Matching]:
     """Find where every parameter's values are, and refuse what does not fit."""
     stored = open_weights(resolve_checkpoint(path))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    matching = match(stored.tensors, shapes)
+    matching = match(plain_keys(stored), shapes)
     matching.missing = [name for name in matching.missing if not name.endswith(may_lack)]
     _check(stored, matching)
     return stored, matching
@@ -139,23 +157,31 @@ def load_weights(
     stored, matching = _matched(model, path, may_lack)
     parameters = dict(model.named_parameters())
     pieces = [piece for piece in matching.pieces if only is None or only(piece.name)]
-    for group in _groups(stored, pieces):
+
+    def fill(piece: Piece, tensor: Tensor, stored_as: torch.dtype, file: Path) -> None:
+        parameter = parameters[piece.name]
+        if parameter.is_meta:
+            parameter = _materialise(model, piece.name, device, dtype or stored_as)
+            parameters[piece.name] = parameter
+        if check_finite:
+            _require_finite(file, piece.key, tensor)
+        _place(parameter, piece, tensor)
+
+    coded = [piece for piece in pieces if is_quantized(stored, module_of(piece.key))]
+    plain = [piece for piece in pieces if not is_quantized(stored, module_of(piece.key))]
+    for group in _groups(stored, plain):
         file = stored.folder / stored.file_of[group[0].key]
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:
                 for piece in group:
-                    parameter = parameters[piece.name]
-                    if parameter.is_meta:
-                        kind = dtype or DTYPES[stored.tensors[piece.key].dtype]
-                        parameter = _materialise(model, piece.name, device, kind)
-                        parameters[piece.name] = parameter
                     tensor = tensors.get_tensor(piece.key)
-                    if check_finite:
-                        _require_finite(file, piece.key, tensor)
-                    _place(parameter, piece, tensor)
+                    fill(piece, tensor, DTYPES[stored.tensors[piece.key].dtype], file)
         except SafetensorError as error:
             fix = "fetch or write the file again"
             raise L4Error(f"cannot read `{file}`", why=str(error), fix=fix) from error
+    for piece in coded:
+        values = read_quantized(stored, module_of(piece.key)).dequantize()
+        fill(piece, values, torch.bfloat16, stored.folder)
     filled = {piece.name for piece in matching.pieces}
     return [name for name in parameters if name not in filled]
 
@@ -210,9 +236,12 @@ def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
 def _check(stored: StoredWeights, matching: Matching) -> None:
     """Refuse what does not fit, from the headers alone."""
     what = f"cannot load checkpoint `{stored.folder}`"
-    for key, entry in stored.tensors.items():
-        if entry.dtype not in DTYPES and not key.endswith(("inv_freq", "freqs_ci")):
-            raise _quantized(stored.folder, f"`{key}` is stored as {entry.dtype}")
+    for key in plain_keys(stored) if stored.quantization else stored.tensors:
+        entry = stored.tensors.get(key)
+        is_coded = bool(stored.quantization) and is_quantized(stored, module_of(key))
+        is_known = is_coded or entry is None or entry.dtype in DTYPES
+        if not is_known and not key.endswith(("inv_freq", "freqs_ci")):
+            raise _unreadable(stored.folder, f"`{key}` is stored as {entry.dtype}")
     fix = "the weights and `config.json` belong to different models: fetch both from one place"
     if matching.missing:
         why = f"the model needs {_some(matching.missing)}, which the files do not hold"
@@ -221,7 +250,9 @@ def _check(stored: StoredWeights, matching: Matching) -> None:
         why = f"the files hold {_some(matching.unexpected)}, which the model has no place for"
         raise L4Error(what, why=why, fix=fix)
     for piece in matching.pieces:
-        shape = stored.tensors[piece.key].shape
+        name = module_of(piece.key)
+        is_coded = is_quantized(stored, name)
+        shape = codes_shape(stored, name) if is_coded else stored.tensors[piece.key].shape
         if shape != piece.shape:
             why = f"`{piece.key}` is {list(shape)} in the file, the model needs {list(piece.shape)}"
             raise L4Error(what, why=why, fix=fix)
@@ -232,7 +263,7 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _quantized(folder: Path, why: str) -> L4Error:
-    fix = "pass the bf16 or fp32 version of the checkpoint"
+def _unreadable(folder: Path, why: str) -> L4Error:
+    fix = f"pass a checkpoint whose `{CONFIG}` says how it is quantized, or the bf16 version"
     what = f"cannot load quantized checkpoint `{folder}`"
-    return L4Error(what, why=f"{why}, and `l4` reads plain floating point only", fix=fix)
+    return L4Error(what, why=f"{why}, and nothing says what that stands for", fix=fix)

@@ -10,11 +10,16 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from l4cli.checkpoint.compressed_tensors import BESIDE_CODES, code_bits
 from l4cli.checkpoint.headers import Header, TensorEntry, read_header
 from l4cli.checkpoint.run_folder import LATEST, RunFolder
+from l4cli.checkpoint.tensor_file import read_tensor
 from l4cli.errors import L4Error
 
 CONFIG = "config.json"
@@ -34,7 +39,15 @@ class StoredWeights:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(entry.shape) for entry in self.tensors.values())
+        """How many values the weights have; a word of packed codes holds several."""
+        total = 0
+        for key, entry in self.tensors.items():
+            name, _, leaf = key.rpartition(".")
+            if leaf == "weight_packed":
+                total += math.prod(entry.shape) * 32 // code_bits(self.quantization, name)
+            elif not (self.quantization and leaf in BESIDE_CODES):
+                total += math.prod(entry.shape)
+        return total
 
     @property
     def size_bytes(self) -> int:
@@ -44,6 +57,18 @@ class StoredWeights:
     def dtypes(self) -> dict[str, int]:
         """How many tensors have each dtype, the commonest first."""
         return dict(Counter(entry.dtype for entry in self.tensors.values()).most_common())
+
+    @cached_property
+    def quantization(self) -> dict[str, Any]:
+        """The config's `quantization_config`; empty for plain weights."""
+        if not (self.folder / CONFIG).exists():
+            return {}
+        config = json_object(self.folder / CONFIG).get("quantization_config") or {}
+        return config if isinstance(config, dict) else {"quant_method": str(config)}
+
+    def read(self, key: str, index: int | None = None) -> Tensor:
+        """One tensor, or its part at an index of the first dimension, as stored."""
+        return read_tensor(self.folder / self.file_of[key], self.tensors[key], index)
 
 
 def resolve_checkpoint(path: Path | str) -> Path:

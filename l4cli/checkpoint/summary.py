@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from l4cli.checkpoint.compressed_tensors import METHOD, config_text
 from l4cli.checkpoint.headers import Header
 from l4cli.checkpoint.manifest import recorded_hashes
+from l4cli.checkpoint.quantized import quantized_names
 from l4cli.checkpoint.run_folder import RunFolder
-from l4cli.checkpoint.stored import CONFIG, json_object, open_weights
+from l4cli.checkpoint.stored import open_weights
 from l4cli.checkpoint.training_state import STATE, read_state_json
 
 _SHOWN_STATE = (str, int, float, bool, type(None))
@@ -20,9 +22,7 @@ _SHOWN_STATE = (str, int, float, bool, type(None))
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Describe weights and what lies beside them. raises: L4Error for what cannot be read"""
-    keys = json_object(folder / CONFIG)
     stored = open_weights(folder)
-    quantization = keys.get("quantization_config") or {}
     hashes = recorded_hashes(folder)
     facts: dict[str, Any] = {
         "dtype": next(iter(stored.dtypes), None),
@@ -35,9 +35,11 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         "has_training_state": (folder / STATE).exists(),
         "files": [_file(name, header, hashes) for name, header in stored.files.items()],
     }
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        facts["quantization"] = method or str(quantization)
+    if stored.quantization:
+        facts["quantization"] = config_text(stored.quantization)
+        if stored.quantization.get("quant_method") == METHOD:
+            facts["num_quantized"] = len(quantized_names(stored))
+            facts["bits_per_weight"] = 8 * stored.size_bytes / stored.num_parameters
     if facts["has_training_state"]:
         state = read_state_json(folder)
         facts["training"] = {k: v for k, v in state.items() if isinstance(v, _SHOWN_STATE)}

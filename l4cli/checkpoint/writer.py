@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,19 @@ def save_model(
     if folder.is_dir():
         _write_files(model, folder, tokenizer_files, geometry, dtype, max_shard_bytes)
         return
+    with new_folder(folder) as temporary:
+        _write_files(model, temporary, tokenizer_files, geometry, dtype, max_shard_bytes)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a hidden neighbour to fill; it takes the name when the block ends well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir()
-        _write_files(model, temporary, tokenizer_files, geometry, dtype, max_shard_bytes)
+        yield temporary
         sync_tree(temporary)
         temporary.rename(folder)
         sync_folder(folder.parent)

@@ -20,6 +20,8 @@ from l4cli.checkpoint import load_config, load_model, open_weights, resolve_chec
 from l4cli.data.geometry import PictureGeometry, read_processor_files
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, SamplingOptions, open_offloaded, pack_weights
+from l4cli.inference.native import NativeModel
+from l4cli.inference.native_loading import find_native, is_quantized_folder
 from l4cli.model import Llama4Config, count_parameters
 from l4cli.planning import available_memory
 from l4cli.text import Tokenizer, load_tokenizer
@@ -101,6 +103,9 @@ def open_model(
     if offload is not None and place.type == "cpu":
         terminal.say("`--offload experts` changes nothing on a CPU: experts are in host memory")
         offload = None
+    model: Any = native_model(folder, config, place, dtype)
+    if model is not None:
+        return model
     if offload is None:
         _require_memory(folder, dtype, place)
         model = load_model(folder, device=place, dtype=DTYPES[dtype])
@@ -111,6 +116,25 @@ def open_model(
     if reason is not None and place.type == "cpu":
         terminal.say(f"decoding from plain weights: {reason}")
     return model
+
+
+def native_model(
+    folder: Path, config: Llama4Config, device: torch.device, dtype: str
+) -> NativeModel | None:
+    """The checkpoint in C++ where it can be, and `dtype` leaves the choice; says which runs."""
+    if device.type != "cpu" or dtype != "auto":
+        return None
+
+    def on_making() -> None:
+        terminal.say(f"laying out the weights of `{folder}` for this processor, once")
+
+    found = find_native(folder, config, on_making)
+    if isinstance(found, str):
+        if is_quantized_folder(folder):
+            terminal.say(f"quantized weights run in torch: {found}")
+        return None
+    terminal.say(f"quantized weights run in C++ ({found.instructions})")
+    return found
 
 
 @dataclass(frozen=True)
@@ -259,7 +283,8 @@ def _generation(folder: Path, config: Llama4Config) -> dict[str, Any]:
 
 def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
     stored = open_weights(folder)
-    per_value = {"fp32": 4, "bf16": 2}.get(dtype)
+    # Codes become the values they stand for.
+    per_value = {"fp32": 4, "bf16": 2}.get(dtype, 2 if stored.quantization else None)
     needed = stored.num_parameters * per_value if per_value else stored.size_bytes
     available = available_memory(str(device))
     if needed > available:

@@ -7,7 +7,6 @@ source: DESIGN section 5; rows of unequal length decode together as in Orca (OSD
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from l4cli.inference.cache import Cache
 from l4cli.inference.generation import Generation
 from l4cli.inference.kept import CacheOptions
 from l4cli.inference.layer_major import Progress, hidden_states, read_layer_major
+from l4cli.inference.native import NativeModel
+from l4cli.inference.native_loading import weights_id
 from l4cli.inference.pieces import as_ids, check_ids, groups_of, prefill_pieces
 from l4cli.inference.questions import Questions
 from l4cli.inference.requests import Event, Request, RoutingRecord
@@ -29,7 +30,6 @@ from l4cli.model import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGen
 from l4cli.ops.batch import Batch
 
 PREFILL_CHUNK = 2048  # tokens read at once: enough rows for each expert, little memory
-FINGERPRINT_ELEMENTS = 4096  # of each tensor that tells models apart
 LOGIT_ELEMENTS = 2**22  # logits held at once when scoring: 16 MiB
 
 
@@ -38,7 +38,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Llama4ForCausalLM | Llama4ForConditionalGeneration,
+        model: Llama4ForCausalLM | Llama4ForConditionalGeneration | NativeModel,
         *,
         num_token_ids: int | None = None,
         max_context: int | None = None,
@@ -51,20 +51,14 @@ class Engine:
         self.device = next(model.parameters()).device
         self.never = _never_chosen(self.config, num_token_ids).to(self.device)
         self.cache_options = cache_options or CacheOptions()
-        self.prefill_chunk = PREFILL_CHUNK
+        self.prefill_chunk: int = getattr(model, "prefill_chunk", PREFILL_CHUNK)
 
     @functools.cached_property
     def model_id(self) -> str:
         """Tells these weights from others of the same shape, whatever precision they are in."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.named_parameters()):
-            if weight.is_meta:
-                continue
-            if weight.ndim == 1 or name.endswith("embed_tokens.weight"):
-                flat = weight.detach().flatten()
-                few = flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]
-                digest.update(few.cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        if isinstance(self.model, NativeModel):
+            return self.model.model_id
+        return weights_id(self.model)
 
     def new_cache(self) -> Cache:
         """Nothing read yet."""

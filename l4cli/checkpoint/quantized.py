@@ -1,0 +1,163 @@
+"""Read quantized linear maps: their codes as they are, for whoever computes with them.
+
+in: a folder's headers and a module's name; out: `QuantizedWeight`
+source: compressed-tensors 0.20 (pack-quantized, float-quantized, int-quantized)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l4cli.checkpoint.compressed_tensors import BESIDE_CODES, CACHE_SCALES, code_bits, weights_of
+from l4cli.checkpoint.stored import StoredWeights
+from l4cli.errors import L4Error
+from l4cli.quantization import QuantizedWeight, WeightFormat
+from l4cli.quantization.packing import unpack_codes
+
+_PACKED, _SCALE = "weight_packed", "weight_scale"
+_SHAPE, _ZERO = "weight_shape", "weight_zero_point"
+_CODES = {"F8_E4M3": "fp8", "I8": "int8"}  # codes that are stored one by one
+
+
+def module_of(key: str) -> str:
+    """The module whose weight a key names."""
+    return key.removesuffix(".weight")
+
+
+def quantized_names(stored: StoredWeights) -> list[str]:
+    """The modules whose weight is stored in codes, in the order of the files."""
+    names = []
+    for key, entry in stored.tensors.items():
+        name, _, leaf = key.rpartition(".")
+        if leaf == _PACKED or (leaf == "weight" and entry.dtype in _CODES):
+            names.append(name)
+    return names
+
+
+def is_quantized(stored: StoredWeights, name: str) -> bool:
+    """Whether a module's weight is stored in codes."""
+    if f"{name}.{_PACKED}" in stored.tensors:
+        return True
+    entry = stored.tensors.get(f"{name}.weight")
+    return entry is not None and entry.dtype in _CODES
+
+
+def plain_keys(stored: StoredWeights) -> Iterable[str]:
+    """The keys the same checkpoint would have without quantization."""
+    quantized = set(quantized_names(stored))
+    for key in stored.tensors:
+        name, _, leaf = key.rpartition(".")
+        if leaf == _PACKED and name in quantized:
+            yield f"{name}.weight"
+        elif not (name in quantized and leaf in BESIDE_CODES) and leaf not in CACHE_SCALES:
+            yield key
+
+
+def codes_shape(stored: StoredWeights, name: str) -> tuple[int, int]:
+    """Outputs and inputs of a quantized map; reads `weight_shape` for packed ones."""
+    if f"{name}.{_PACKED}" not in stored.tensors:
+        shape = stored.tensors[f"{name}.weight"].shape
+        return _pair(stored, name, shape)
+    rows, words = stored.tensors[f"{name}.{_PACKED}"].shape
+    bits = _bits(stored, name)
+    if f"{name}.{_SHAPE}" not in stored.tensors:
+        return rows, words * 32 // bits
+    shape = tuple(stored.read(f"{name}.{_SHAPE}").tolist())
+    if len(shape) != 2 or shape[0] != rows or math.ceil(shape[1] * bits / 32) != words:
+        why = f"`{name}` says it is {list(shape)}, and has {rows} rows of {words} words"
+        raise _damaged(stored, why)
+    return rows, shape[1]
+
+
+def read_quantized(stored: StoredWeights, name: str) -> QuantizedWeight:
+    """Read the codes of a linear map, as `model.layers.0.self_attn.q_proj`.
+
+    raises: L4Error for shapes that contradict each other and for what has no format of ours
+    """
+    num_outputs, num_inputs = codes_shape(stored, name)
+    scale = _scale(stored, name)
+    weights = weights_of(stored.quantization, name)
+    if f"{name}.{_PACKED}" in stored.tensors:
+        bits = _bits(stored, name)
+        kind = f"int{bits}"
+        codes = unpack_codes(stored.read(f"{name}.{_PACKED}"), bits, num_inputs)
+    else:
+        kind = _CODES[stored.tensors[f"{name}.weight"].dtype]
+        codes = stored.read(f"{name}.weight")
+        if kind == "int8" and weights.get("num_bits") == 4:
+            kind = "int4"
+    if scale.numel() == 1 and weights.get("strategy") != "block":  # one scale for all
+        scale = scale.reshape(1, 1).expand(num_outputs, 1)
+    scale = scale.reshape(len(scale), -1)
+    format = _format(stored, name, kind, scale, weights)
+    return QuantizedWeight(format, codes, scale, _zero(stored, name, format, scale))
+
+
+def _format(
+    stored: StoredWeights, name: str, kind: str, scale: Tensor, weights: Any
+) -> WeightFormat:
+    num_outputs, num_inputs = codes_shape(stored, name)
+    rows, columns = scale.shape
+    block = weights.get("block_structure")
+    if weights.get("strategy") == "block" and block:
+        if kind != "fp8" or (rows, columns) != (
+            -(-num_outputs // block[0]),
+            -(-num_inputs // block[1]),
+        ):
+            why = f"`{name}` {[num_outputs, num_inputs]} has {rows}x{columns} blocks of {block}"
+            raise _damaged(stored, why)
+        return WeightFormat("fp8", block=(block[0], block[1]))
+    is_symmetric = f"{name}.{_ZERO}" not in stored.tensors
+    if rows != num_outputs or num_inputs % columns or not (is_symmetric or kind == "int4"):
+        why = f"`{name}` {[num_outputs, num_inputs]} has {rows}x{columns} scales, no whole groups"
+        raise _damaged(stored, why if is_symmetric else f"`{name}` is {kind} with zero points")
+    group_size = num_inputs // columns if columns > 1 or kind == "int4" else None
+    # One group as wide as the row is no group, unless the config says so.
+    if columns == 1 and weights.get("strategy") != "group":
+        group_size = None
+    return WeightFormat(kind, group_size, is_symmetric)
+
+
+def _bits(stored: StoredWeights, name: str) -> int:
+    bits = code_bits(stored.quantization, name)
+    if bits not in (4, 8):
+        raise _damaged(stored, f"`{name}` has codes of {bits} bits; 4 and 8 can be read")
+    return bits
+
+
+def _scale(stored: StoredWeights, name: str) -> Tensor:
+    if f"{name}.{_SCALE}" not in stored.tensors:
+        raise _damaged(stored, f"`{name}` has codes and no `{_SCALE}`")
+    scale = stored.read(f"{name}.{_SCALE}")
+    if not (scale.is_floating_point() and bool(torch.isfinite(scale.float()).all())):
+        raise _damaged(stored, f"`{name}` has scales that are NaN or infinite")
+    return scale
+
+
+def _zero(stored: StoredWeights, name: str, format: WeightFormat, scale: Tensor) -> Tensor | None:
+    if format.symmetric:
+        return None
+    zero = stored.read(f"{name}.{_ZERO}")
+    if zero.dtype == torch.int32:
+        zero = unpack_codes(zero, format.bits, scale.shape[0], dim=0)
+    if zero.shape != scale.shape:
+        why = f"`{name}` has {list(zero.shape)} zero points for {list(scale.shape)} scales"
+        raise _damaged(stored, why)
+    return zero.to(torch.int8)
+
+
+def _pair(stored: StoredWeights, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2:
+        why = f"`{name}` has codes of shape {list(shape)}; linear maps [out, in] can be read"
+        raise _damaged(stored, why)
+    return shape[0], shape[1]
+
+
+def _damaged(stored: StoredWeights, why: str) -> L4Error:
+    what = f"cannot load quantized checkpoint `{stored.folder}`"
+    return L4Error(what, why=why, fix="fetch or write it again, or pass the bf16 version")
