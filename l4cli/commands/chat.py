@@ -162,12 +162,19 @@ def chat(
     from l4cli.commands.prompt_cache import PromptCache
     from l4cli.commands.shown import named_in_order
 
-    kept_away = None if offload is None else chat_model.Offload(room)
-    model = chat_model.load(checkpoint, device.value, dtype.value, is_raw=raw, offload=kept_away)
+    small = None if draft is None else chat_speed.find_draft(draft)
+    model = chat_model.load(
+        checkpoint,
+        device.value,
+        dtype.value,
+        is_raw=raw,
+        offload=None if offload is None else chat_model.Offload(room),
+        before_weights=None if small is None else small.require_same_tokenizer,
+    )
     sampling = model.sampling(flags, seed)
     kept = None if prompt_cache is None else PromptCache(prompt_cache, model.engine)
     guesses = chat_speed.speculation(
-        model, draft, dtype.value, uses_lookup=lookup, num_tokens=draft_tokens
+        model, small, dtype.value, uses_lookup=lookup, num_tokens=draft_tokens
     )
     conversation = Conversation(
         model,

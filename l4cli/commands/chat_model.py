@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -73,6 +73,7 @@ def load(
     *,
     is_raw: bool,
     offload: Offload | None = None,
+    before_weights: Callable[[Path, Tokenizer], None] | None = None,
 ) -> ChatModel:
     """Load the model; what can be known from small files is checked before the weights."""
     place = torch_device(device)
@@ -84,22 +85,37 @@ def load(
         _require_chat_format(folder, tokenizer)
     geometry = geometry_of(folder, tokenizer, config)
     generation = _generation(folder, config)
+    if before_weights is not None:
+        before_weights(folder, tokenizer)
+    model = open_model(folder, config, place, dtype, offload)
+    engine = Engine(model, num_token_ids=tokenizer.vocab_size)
+    return ChatModel(folder, tokenizer, engine, geometry, generation)
+
+
+def open_model(
+    folder: Path,
+    config: Llama4Config,
+    place: torch.device,
+    dtype: str,
+    offload: Offload | None = None,
+) -> Any:
+    """The weights, laid out for answering; refused where they do not fit."""
     if offload is not None and place.type == "cpu":
         terminal.say("`--offload experts` changes nothing on a CPU: experts are in host memory")
         offload = None
     model: Any = native_model(folder, config, place, dtype)
-    if model is None:
-        if offload is None:
-            require_memory(folder, dtype, place)
-            model = load_model(folder, device=place, dtype=DTYPES[dtype])
-        else:
-            _require_offload_memory(folder, config, dtype, place)
-            model = open_offloaded(folder, place, DTYPES[dtype], offload.memory_bytes)
-        reason = pack_weights(model)
-        if reason is not None and place.type == "cpu":
-            terminal.say(f"decoding from plain weights: {reason}")
-    engine = Engine(model, num_token_ids=tokenizer.vocab_size)
-    return ChatModel(folder, tokenizer, engine, geometry, generation)
+    if model is not None:
+        return model
+    if offload is None:
+        _require_memory(folder, dtype, place)
+        model = load_model(folder, device=place, dtype=DTYPES[dtype])
+    else:
+        _require_offload_memory(folder, config, dtype, place)
+        model = open_offloaded(folder, place, DTYPES[dtype], offload.memory_bytes)
+    reason = pack_weights(model)
+    if reason is not None and place.type == "cpu":
+        terminal.say(f"decoding from plain weights: {reason}")
+    return model
 
 
 def native_model(
@@ -265,8 +281,7 @@ def _generation(folder: Path, config: Llama4Config) -> dict[str, Any]:
     return found
 
 
-def require_memory(folder: Path, dtype: str, device: torch.device) -> None:
-    """raises: L4Error where the weights are larger than what is free"""
+def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
     stored = open_weights(folder)
     # Codes become the values they stand for.
     per_value = {"fp32": 4, "bf16": 2}.get(dtype, 2 if stored.quantization else None)

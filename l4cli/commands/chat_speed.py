@@ -6,25 +6,52 @@ not fit together
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from l4cli.checkpoint import load_config, load_model, resolve_checkpoint
-from l4cli.commands.chat_model import DTYPES, ChatModel, require_memory, require_vocabulary
+from l4cli.checkpoint import load_config, resolve_checkpoint
+from l4cli.commands.chat_model import ChatModel, open_model, require_vocabulary
 from l4cli.errors import L4Error
 from l4cli.inference import (
     Engine,
     LookupDrafter,
     ModelDrafter,
     Speculation,
-    pack_weights,
     step_cost,
 )
-from l4cli.text import load_tokenizer
+from l4cli.model import Llama4Config
+from l4cli.text import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A small model's folder, and what its small files tell."""
+
+    folder: Path
+    config: Llama4Config
+    tokenizer: Tokenizer
+
+    def require_same_tokenizer(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """raises: L4Error where the large model's ids mean something else"""
+        if self.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise L4Error(
+                f"cannot draft with `{self.folder}`",
+                why=f"its tokenizer is not that of `{folder}`",
+                fix="name a checkpoint that was trained with the same tokenizer, or use `--lookup`",
+            )
+
+
+def find_draft(path: Path) -> Draft:
+    """Look at a small model before any weights are read."""
+    folder = resolve_checkpoint(path)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    require_vocabulary(folder, tokenizer, config)
+    return Draft(folder, config, tokenizer)
 
 
 def speculation(
     model: ChatModel,
-    draft: Path | None,
+    draft: Draft | None,
     dtype: str,
     *,
     uses_lookup: bool,
@@ -34,28 +61,10 @@ def speculation(
     config = model.engine.config
     pictures = [] if config.vision is None else [config.image_token_index]
     if uses_lookup:
-        cost = step_cost(config, None)
-        return Speculation(LookupDrafter(never=pictures), num_tokens, cost)
+        return Speculation(LookupDrafter(never=pictures), num_tokens, step_cost(config, None))
     if draft is None:
         return None
-    engine = _load_draft(model, draft, dtype)
+    small = open_model(draft.folder, draft.config, model.engine.device, dtype)
+    engine = Engine(small, num_token_ids=draft.tokenizer.vocab_size)
     drafter = ModelDrafter(engine, skipped=pictures)
-    return Speculation(drafter, num_tokens, step_cost(config, engine.config))
-
-
-def _load_draft(model: ChatModel, draft: Path, dtype: str) -> Engine:
-    """The small model; what can be known from small files is checked before its weights."""
-    folder = resolve_checkpoint(draft)
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
-    require_vocabulary(folder, tokenizer, config)
-    if tokenizer.fingerprint != model.tokenizer.fingerprint:
-        raise L4Error(
-            f"cannot draft with `{draft}`",
-            why=f"its tokenizer is not that of `{model.folder}`",
-            fix="name a checkpoint that was trained with the same tokenizer, or use `--lookup`",
-        )
-    device = model.engine.device
-    require_memory(folder, dtype, device)
-    small = load_model(folder, device=device, dtype=DTYPES[dtype])
-    pack_weights(small)
-    return Engine(small, num_token_ids=tokenizer.vocab_size)
+    return Speculation(drafter, num_tokens, step_cost(config, draft.config))

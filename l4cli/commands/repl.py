@@ -146,6 +146,9 @@ def _speak(
         terminal.say("(stopped)")
     guesses = ""
     if conversation.speculation is not None:
+        silence = conversation.speculation.drafter.why_silent()
+        if silence is not None:
+            terminal.say(f"(the draft no longer guesses: {silence})")
         guesses = (
             f", {answer.num_accepted_tokens} of {answer.num_draft_tokens} guesses accepted, "
             f"{answer.accepted_per_step:.2f} a step"

@@ -43,6 +43,9 @@ class Drafter(Protocol):
     def draft(self, count: int, sampler: Sampler) -> Draft:
         """Guess at most so many tokens; `sampler` says how tokens are chosen."""
 
+    def why_silent(self) -> str | None:
+        """Why there are no guesses any longer, if there are none."""
+
 
 class LookupDrafter:
     """What followed the last time the newest tokens were seen; no second model."""
@@ -75,6 +78,10 @@ class LookupDrafter:
                 break
             tokens.append(token)
         return Draft(tokens, [None] * len(tokens))
+
+    def why_silent(self) -> str | None:
+        """There may always be a match."""
+        return None
 
 
 def longest_match(ids_T: np.ndarray) -> int | None:
@@ -148,6 +155,11 @@ class ModelDrafter:
             probs.append(probs_V)
             unread = [token]
         return Draft(tokens, probs)
+
+    def why_silent(self) -> str | None:
+        """A small model's context may be shorter."""
+        limit = self.engine.max_context
+        return f"its context of {limit} tokens is full" if len(self.ids) > limit else None
 
     def _can_read(self, num_tokens: int, *, is_certain: bool) -> bool:
         """Whether there is room, of guesses also to take them back."""

@@ -8,6 +8,7 @@ source: Leviathan et al. arXiv 2211.17192; Chen et al. arXiv 2302.01318 (rejecti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -84,7 +85,8 @@ def step_cost(target: Llama4Config, draft: Llama4Config | None) -> Callable[[int
     """
     one = touched_weights(target, 1)
     each = 0.0 if draft is None else touched_weights(draft, 1)
-    return lambda count: (touched_weights(target, count + 1) + count * each) / one
+    # Asked for every number of guesses in every step.
+    return functools.cache(lambda count: (touched_weights(target, count + 1) + count * each) / one)
 
 
 def touched_weights(config: Llama4Config, num_tokens: int) -> float:

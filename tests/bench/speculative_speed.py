@@ -41,6 +41,9 @@ class KnowingDrafter:
     def add(self, tokens: Iterable[int]) -> None:
         self.num_said += len(list(tokens))
 
+    def why_silent(self) -> str | None:
+        return None
+
     def draft(self, count: int, sampler: Sampler) -> Draft:
         ahead = self.answer[self.num_said : self.num_said + count]
         tokens = [t if self.random.random() < self.rate else (t + 1) % 1000 for t in ahead]

@@ -81,6 +81,14 @@ def test_pictures_are_read_around(ask, random_model, draft, tmp_path):
         assert ask(*words, *more)[:2] == (0, plain)
 
 
+def test_a_draft_with_a_short_context_says_so(ask, random_model, folder):
+    short = save_checkpoint(folder / "short", sees=False, max_position_embeddings=20)
+    words = (random_model, "-p", "how are you?", "--max-new-tokens", 8)
+    code, out, err = ask(*words, "--draft", short)
+    assert (code, out) == ask(*words)[:2]
+    assert "the draft no longer guesses: its context of 20 tokens is full" in err
+
+
 def test_another_tokenizer_is_refused(ask, random_model, folder):
     other = save_checkpoint(folder / "other", sees=False)
     for name in ("tokenizer.json", "tokenizer_config.json"):

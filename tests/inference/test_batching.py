@@ -9,6 +9,8 @@ from tiny_llama4 import CHUNK, PATCH, random_ids, text_model, vision_model
 
 from l4cli.inference import CacheOptions, Engine, Request, SamplingOptions
 from l4cli.inference.generation import READ_BESIDE, Generation
+from l4cli.inference.native import why_not
+from l4cli.inference.native_loading import native_from_model
 from l4cli.inference.sampler import Sampler, choose_all
 from l4cli.inference.shared_prefix import SharedPrefixes, common_length
 
@@ -240,6 +242,21 @@ def test_rows_over_other_kinds_of_cache(kv_dtype):
         assert len(together[i]) == len(alone) == 12
         if kv_dtype == "bf16":  # codes depend on where the tail of a fork begins
             assert together[i] == alone
+
+
+@pytest.mark.skipif(why_not() is not None, reason="the C++ kernels are not built")
+def test_a_crowd_in_the_native_engine():
+    engine = Engine(native_from_model(text_model(**LONG), is_exact=True))
+    begin = random_ids(70, seed=99)
+    requests = []
+    for i in range(9):
+        own = random_ids(1 + 5 * i % 23, seed=i)
+        ids = torch.cat([begin, own]) if i % 3 == 0 else own
+        sampling = SamplingOptions(**{**vars(SAMPLINGS[i % 4]), "seed": i})
+        requests.append(Request(ids, max_new_tokens=12, sampling=sampling))
+    together = answers(engine, requests, 4)
+    for i, request in enumerate(requests):
+        assert together[i] == answers(engine, [request])[0], i
 
 
 def test_drawing_for_all_is_drawing_for_each():

@@ -15,6 +15,8 @@ from l4cli.inference import CacheOptions, Engine, Request, SamplingOptions
 from l4cli.inference.drafts import Draft, LookupDrafter, ModelDrafter, longest_match
 from l4cli.inference.kept import part_tensors
 from l4cli.inference.layer_cache import LayerCache
+from l4cli.inference.native import why_not
+from l4cli.inference.native_loading import native_from_model
 from l4cli.inference.sampler import Sampler
 from l4cli.inference.speculative import Speculation, step_cost, verify
 
@@ -157,6 +159,22 @@ def test_greedy_over_every_kind_of_cache(kind, monkeypatch):
     for fork, guessing in zip(forks[1:], (Liar(), drafter), strict=True):
         request = Request([], cache=fork, max_new_tokens=24)
         assert written(engine, request, Speculation(guessing, 4)) == expected
+
+
+@pytest.mark.skipif(why_not() is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_greedy_in_the_native_engine(kind):
+    """Passes of one token in C++, of several layer by layer, on caches that went back."""
+    model = native_from_model(text_model(max_position_embeddings=2048), is_exact=True)
+    engine = Engine(model, cache_options=KINDS[kind])
+    forks = engine.prefill(random_ids(245)).fork(4)
+    expected = written(engine, Request([], cache=forks[0], max_new_tokens=40))
+    drafter = ModelDrafter(Engine(model, cache_options=KINDS[kind]))
+    for fork, guessing in zip(forks[1:], (Liar(), drafter, LookupDrafter()), strict=True):
+        request = Request([], cache=fork, max_new_tokens=40)
+        speculation = Speculation(guessing, 4)
+        assert written(engine, request, speculation) == expected
+        assert (speculation.num_accepted > 8) == (guessing is drafter)
 
 
 def test_there_is_no_room_where_something_is_lost():
@@ -362,6 +380,8 @@ def test_a_full_draft_falls_silent():
     speculation = Speculation(drafter, 3)
     assert written(Engine(model), request, speculation) == written(Engine(model), request)
     assert drafter.cache.num_tokens <= 30
+    assert drafter.why_silent() == "its context of 30 tokens is full"
+    assert LookupDrafter().why_silent() is None
     long = Request(random_ids(50), max_new_tokens=5)
     assert written(Engine(model), long, speculation) == written(Engine(model), long)
 
