@@ -72,14 +72,14 @@ def load(checkpoint: Path | None, device: str, dtype: str, *, is_raw: bool) -> C
     folder = find(checkpoint)
     config = load_config(folder)
     tokenizer = load_tokenizer(folder)
-    _require_vocabulary(folder, tokenizer, config)
+    require_vocabulary(folder, tokenizer, config)
     if not is_raw:
         _require_chat_format(folder, tokenizer)
     geometry = geometry_of(folder, tokenizer, config)
     generation = _generation(folder, config)
     model: Any = native_model(folder, config, place, dtype)
     if model is None:
-        _require_memory(folder, dtype, place)
+        require_memory(folder, dtype, place)
         model = load_model(folder, device=place, dtype=DTYPES[dtype])
         reason = pack_weights(model)
         if reason is not None and place.type == "cpu":
@@ -185,7 +185,8 @@ def _require_chat_format(folder: Path, tokenizer: Tokenizer) -> None:
     raise L4Error(f"cannot chat with `{folder}`", why=why, fix=fix)
 
 
-def _require_vocabulary(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> None:
+def require_vocabulary(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> None:
+    """raises: L4Error where the tokenizer has more ids than the model"""
     if tokenizer.vocab_size > config.text.vocab_size:
         why = f"{tokenizer.vocab_size} tokens, and the model knows {config.text.vocab_size}"
         fix = "put the tokenizer it was trained with into the folder"
@@ -243,7 +244,8 @@ def _generation(folder: Path, config: Llama4Config) -> dict[str, Any]:
     return found
 
 
-def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
+def require_memory(folder: Path, dtype: str, device: torch.device) -> None:
+    """raises: L4Error where the weights are larger than what is free"""
     stored = open_weights(folder)
     # Codes become the values they stand for.
     per_value = {"fp32": 4, "bf16": 2}.get(dtype, 2 if stored.quantization else None)

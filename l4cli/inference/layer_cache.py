@@ -54,6 +54,10 @@ class LayerCache:
 
         shapes: -> out as q
         """
+        # As they are kept from the start: what a token sees must not depend on who it came with.
+        kept = self.options.float_dtype(k_TKH.dtype)
+        if kept != k_TKH.dtype:
+            k_TKH, v_TKH = (x.to(kept).to(x.dtype) for x in (k_TKH, v_TKH))
         first = len(k_TKH) - len(q_TNH)
         if first:
             self.store(k_TKH[:first], v_TKH[:first])
@@ -174,11 +178,11 @@ class LayerCache:
 
     def _fill(self, k_TKH: Tensor, v_TKH: Tensor) -> None:
         end = self.tail_length + len(k_TKH)
-        for kept, new_TKH in zip(self.room(end, k_TKH), (k_TKH, v_TKH), strict=True):
+        for kept, new_TKH in zip(self.grow_tail(end, k_TKH), (k_TKH, v_TKH), strict=True):
             kept[:, self.tail_length : end] = new_TKH.transpose(0, 1)
         self.tail_length = end
 
-    def room(self, end: int, like_TKH: Tensor) -> Plain:
+    def grow_tail(self, end: int, like_TKH: Tensor) -> Plain:
         """The tail, made or grown to hold `end` tokens of this shape and dtype."""
         if self.tail is None:
             _, num_heads, head_dim = like_TKH.shape
@@ -193,7 +197,7 @@ class LayerCache:
         return self.tail
 
     def take_one(self) -> None:
-        """Count a token that was written behind the tail from outside; there was `room`."""
+        """Count a token that was written behind the tail from outside; `grow_tail` made place."""
         self.tail_length += 1
         if self.chunk_size is not None:
             self._advance(1)
@@ -258,6 +262,23 @@ class LayerCache:
             self.sealed = tuple(first_tokens(self.parts(), num_tokens))
             self.packed, self.tail, self.tail_length = None, None, 0
         self.num_tokens = num_tokens
+
+    @property
+    def room(self) -> int:
+        """How many more tokens can be taken back again, whatever their number.
+
+        Beyond them something is emptied, sealed or quantized, and that is not undone.
+        """
+        if self.chunk_size is not None:
+            return self.chunk_size - self.num_tokens % self.chunk_size - 1
+        full = BLOCK if self.options.bits is None else NEWEST + KEY_GROUP
+        return max(0, full - self.tail_length - 1)
+
+    def take_back(self, num_tokens: int) -> None:
+        """Forget the newest tokens, read since there was `room` for them."""
+        assert 0 <= num_tokens <= self.tail_length
+        self.tail_length -= num_tokens
+        self.num_tokens -= num_tokens
 
     def share(self) -> LayerCache:
         """A second cache with the same past; from here on both append to tails of their own."""

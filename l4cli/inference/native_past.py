@@ -70,7 +70,7 @@ class Pasts:
             seen.tail_length += 1
 
     def _look(self, layer: LayerCache, past: native.Past) -> _Seen:
-        tail = layer.room(layer.tail_length + 1, self.like_1KH)
+        tail = layer.grow_tail(layer.tail_length + 1, self.like_1KH)
         parts = [*layer.sealed]
         if layer.packed is not None:
             parts.append(layer.packed)

@@ -225,6 +225,12 @@ class TextModel(nn.Module):
         shared = self._shared_input(h_BTD, batch, cache, None)
         return self.layers[layer_idx](h_BTD, shared, num_needed)
 
+    def layer_input(
+        self, h_BTD: Tensor, batch: Batch, routing: Routing | None = None
+    ) -> LayerInput:
+        """What a layer takes beside the states, for who runs a layer's parts one by one."""
+        return self._shared_input(h_BTD, batch, None, routing)
+
     def _shared_input(
         self, h_BTD: Tensor, batch: Batch, cache: Cache | None, routing: Routing | None
     ) -> LayerInput:

@@ -70,14 +70,20 @@ L4_AVX512_INLINE __m512i start_of(__m512i zero, const int32_t* minus_sum) {
   return _mm512_slli_epi32(minus, BITS == 4 ? 3 : 7);
 }
 
-// With many tokens the prefetcher falls behind the products of a group: lines are asked for by
-// hand, from about as far as memory answers. With few it is ahead, and asking only costs.
-template <int BYTES, int T>
+// With many tokens the prefetcher falls behind the products of a group, and with a few long ones
+// their inputs crowd the first cache: lines are then asked for by hand, from about as far as
+// memory answers. Else it is ahead, and asking only costs.
+template <int BITS, int T>
+L4_AVX512_INLINE bool wants_prefetch(int64_t num_groups) {
+  return T > 4 || (BITS == 4 && T > 1 && num_groups * T > 160);
+}
+
+template <int BITS, int T>
 L4_AVX512_INLINE void prefetch(const uint8_t* codes) {
-  if (T <= 4) return;
+  constexpr int kAhead = T > 4 ? 2048 : 4096;
 #pragma GCC unroll 8
-  for (int i = 0; i < BYTES; i += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + 2048 + i, _MM_HINT_T0);
+  for (int i = 0; i < BITS * 64; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead + i, _MM_HINT_T0);
   }
 }
 
@@ -85,7 +91,6 @@ L4_AVX512_INLINE void prefetch(const uint8_t* codes) {
 template <int BITS, bool SCALED, bool ZERO, int T>
 L4_AVX512_INLINE void add_group(const uint8_t* codes, __m512 scale, __m512i zero,
                                 const Token* token, int64_t g, __m512* sum) {
-  prefetch<BITS * 64, T>(codes);
   __m512i w[8];
   if (!(T == 1 && BITS == 4)) unpack<BITS>(codes, w);
   // Four tokens side by side: a chain of dependent products is longer than its latency.
@@ -127,11 +132,13 @@ L4_AVX512 void tile_codes(const uint8_t* data, const Token* token, int64_t num_g
   constexpr int kBytes = BITS * 64, kSpan = SPAN ? SPAN : 1;
   __m512 sum[T];
   __m512i zero = _mm512_setzero_si512();
+  const bool asks = wants_prefetch<BITS, T>(num_groups);
   for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
   if (SPAN == 0) {
     const __m512 scale = _mm512_loadu_ps(data);
     const uint8_t* codes = data + kBlock * 4;
     for (int64_t g = 0; g < num_groups; g++, codes += kBytes) {
+      if (asks) prefetch<BITS, T>(codes);
       add_group<BITS, false, ZERO, T>(codes, scale, zero, token, g, sum);
     }
     for (int t = 0; t < T; t++) out[t] = _mm512_mul_ps(sum[t], scale);
@@ -147,6 +154,7 @@ L4_AVX512 void tile_codes(const uint8_t* data, const Token* token, int64_t num_g
         zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
       }
       for (int s = 0; s < kSpan; s++, g++, part.codes += kBytes) {
+        if (asks) prefetch<BITS, T>(part.codes);
         add_group<BITS, true, ZERO, T>(part.codes, scale, zero, token, g, sum);
       }
     }
