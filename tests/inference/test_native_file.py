@@ -33,7 +33,6 @@ from l4cli.inference.native_loading import (
     native_from_model,
     open_native,
 )
-from l4cli.ops.choice import is_reference_forced
 from l4cli.quantization import RoundingQuantizer, WeightFormat
 
 INT4 = WeightFormat("int4", 32)
@@ -202,13 +201,8 @@ def test_pictures_of_a_quantized_checkpoint(tmp_path):
 def test_torch_when_it_is_asked_for(tmp_path, monkeypatch):
     folder = quantized(text_model(), tmp_path / "model")
     monkeypatch.setenv("L4_OPS", "reference")
-    is_reference_forced.cache_clear()
-    try:
-        assert find_native(folder, load_config(folder)) == "forced by `L4_OPS=reference`"
-        assert not (folder / KERNELS).exists()
-    finally:
-        monkeypatch.undo()
-        is_reference_forced.cache_clear()
+    assert find_native(folder, load_config(folder)) == "forced by `L4_OPS=reference`"
+    assert not (folder / KERNELS).exists()
 
 
 def test_rounding_a_model_in_memory():
