@@ -128,7 +128,7 @@ def write(file: IO[bytes], blobs: Iterable[Blob], num_blobs: int, facts: dict[st
     for blob in blobs:
         start = end
         for _, part in blob.parts:
-            file.write(memoryview(part.numpy()))
+            file.write(part.numpy().data)
             end += part.numel()
         fill = -end % PAGE
         file.write(b"\0" * fill)
