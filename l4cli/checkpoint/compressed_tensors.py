@@ -14,7 +14,7 @@ from typing import Any
 
 from l4cli.errors import L4Error
 from l4cli.quantization import WeightFormat
-from l4cli.quantization.parts import PART_PATTERNS, matches
+from l4cli.quantization.parts import PART_PATTERNS, layer_of, matches
 
 METHOD = "compressed-tensors"
 # What belongs to a quantized map beside its codes. Scales of activations are for kernels that
@@ -23,6 +23,7 @@ BESIDE_CODES = (
     *("weight_scale", "weight_shape", "weight_zero_point"),
     *("input_scale", "input_zero_point"),
 )
+CACHE_SCALES = ("k_scale", "v_scale")  # of caches in fp8; ours have their own
 # `mixed-precision` names a layout a group; `naive` and `int` store codes unpacked.
 _LAYOUTS = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized")
 _SUPPORTED = "int4 and int8 (packed or not) and fp8 (e4m3), with one scale a row, group or block"
@@ -90,12 +91,17 @@ def _activations(format: WeightFormat) -> dict[str, Any] | None:
 
 
 def _patterns(names: set[str], everything: Iterable[str], allowed: set[str]) -> list[str]:
-    """Patterns that match `names` and, of everything there is, only what is `allowed`."""
-    patterns, left = [], set(names)
-    for pattern in PART_PATTERNS.values():
-        found = {name for name in everything if matches(pattern, name)}
+    """Patterns that match `names` and, of everything there is, only what is `allowed`.
+
+    Of a part, of a part of one layer, or of one map, whatever says it shortest.
+    """
+    everything, left, patterns = list(everything), set(names), []
+    layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+    tails = [pattern.removeprefix("re:") for pattern in PART_PATTERNS.values()]
+    for pattern in [*tails, *(f".*layers[.]{i}[.]{tail}" for i in layers for tail in tails)]:
+        found = {name for name in everything if matches(f"re:{pattern}", name)} if left else set()
         if found & left and found <= allowed:
-            patterns.append(pattern)
+            patterns.append(f"re:{pattern}")
             left -= found
     # A prefix may differ: text models drop `language_model.`.
     ends = sorted({name.removeprefix("language_model.") for name in left})
@@ -134,7 +140,8 @@ def _require_format(folder: Path, weights: Mapping[str, Any]) -> None:
 
 def weights_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """What the config says of a module's weights: by exact name, by pattern, else of all."""
-    groups = [group for group in config.get("config_groups", {}).values() if group.get("weights")]
+    groups = [g for g in (config.get("config_groups") or {}).values() if isinstance(g, dict)]
+    groups = [group for group in groups if group.get("weights")]
     for is_meant in (lambda t: t == name, lambda t: t.startswith("re:") and matches(t, name)):
         for group in groups:
             if any(is_meant(target) for target in group.get("targets", [])):
@@ -153,7 +160,8 @@ def code_bits(config: Mapping[str, Any], name: str) -> int:
 def config_text(config: Mapping[str, Any]) -> str:
     """A config in a few words: `compressed-tensors int4 g32, fp8`."""
     method = str(config.get("quant_method", "unknown method"))
-    names = [_group_text(group) for group in (config.get("config_groups") or {}).values()]
+    groups = config.get("config_groups")
+    names = [_group_text(group) for group in groups.values()] if isinstance(groups, dict) else []
     return f"{method} {', '.join(name for name in names if name)}".strip()
 
 

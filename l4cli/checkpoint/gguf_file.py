@@ -1,6 +1,6 @@
 """Write a checkpoint's text half as a GGUF file for llama.cpp, one expert at a time.
 
-in: an open `ParameterReader`, a `Tokenizer`, a precision; out: one file that is whole or not there
+in: a `ParameterReader`, a `Tokenizer`, a precision; out: one file that is whole or not there
 source: the `gguf` library writes the header; keys and tensors as llama.cpp's loader wants them
 """
 
@@ -26,7 +26,8 @@ from l4cli.checkpoint.parameters import ParameterReader
 from l4cli.errors import L4Error
 from l4cli.model import TextConfig
 from l4cli.ops.rope import inverse_frequencies
-from l4cli.quantization.ggml_blocks import encode_rows
+from l4cli.quantization import QuantizedWeight
+from l4cli.quantization.ggml_blocks import BLOCK_BYTES, encode_rows, holds_codes, rows_from_codes
 from l4cli.text import Tokenizer
 
 _LIBRARY_NAMES = {"f32": "F32", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
@@ -36,7 +37,7 @@ _FILE_TYPES = {
     "q8_0": "MOSTLY_Q8_0",
     "q4_0": "MOSTLY_Q4_0",
 }
-_ROWS_AT_ONCE = 1 << 24  # values of one tensor turned into bytes at a time
+_VALUES_AT_ONCE = 1 << 24  # of one tensor, turned into bytes at a time
 Progress = Callable[[int], None]
 
 
@@ -66,6 +67,15 @@ def require_gguf() -> Any:
     return gguf
 
 
+def kind_of_codes(parameters: ParameterReader) -> str | None:
+    """The kind of file that keeps a quantized checkpoint's codes as they are, if there is one."""
+    formats = parameters.formats()
+    for kind in BLOCK_BYTES:
+        if formats and all(holds_codes(kind, format) for format in formats):
+            return kind
+    return None
+
+
 def write_gguf(
     parameters: ParameterReader,
     tokenizer: Tokenizer,
@@ -86,6 +96,7 @@ def write_gguf(
         {short: parameters.shapes[name] for short, name in names.items()},
         kind,
         0 if factors is None else len(factors),
+        _kept(parameters, names, kind),
     )
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -111,6 +122,13 @@ def _text_names(parameters: ParameterReader) -> dict[str, str]:
         for name in parameters.shapes
         if not name.startswith(VISION_PREFIXES)
     }
+
+
+def _kept(parameters: ParameterReader, names: dict[str, str], kind: str) -> list[str]:
+    """What whoever quantized the checkpoint left in floating point is left so here."""
+    if kind not in BLOCK_BYTES or not any(map(parameters.is_coded, names.values())):
+        return []
+    return [short for short, name in names.items() if not parameters.is_coded(name)]
 
 
 def _rope_factors(text: TextConfig) -> Tensor | None:
@@ -208,28 +226,33 @@ def _write_data(
     for parameter, own in filled.items():
         if not parameter:
             assert factors is not None
-            _write_part(file, data_start + own[0].start, factors[None], own[0].kind)
+            _write_rows(file, data_start + own[0].start, factors[None], own[0].kind)
             continue
         name = names[parameter]
-        for index, part in enumerate(parameters.parts(name)):
+        for expert in range(own[0].num_parts):
             for tensor in own:
-                start = data_start + tensor.start + index * tensor.part_bytes
-                _write_part(file, start, _rows(part, tensor), tensor.kind)
+                start = data_start + tensor.start + expert * tensor.part_bytes
+                if tensor.columns is None:
+                    rows = parameters.linear(name)
+                else:
+                    rows = parameters.linear(name, expert, tensor.columns)
+                _write_rows(file, start, rows, tensor.kind)
                 written += tensor.part_bytes
             progress(written)
 
 
-def _rows(part: Tensor, tensor: GgufTensor) -> Tensor:
-    """A part as rows: linear maps [out, in] as they are, fused experts [in, out] turned round."""
-    if tensor.columns is not None:
-        start, end = tensor.columns
-        return part[:, start:end].T
-    return part[None] if part.ndim == 1 else part
-
-
-def _write_part(file: IO[bytes], start: int, rows: Tensor, kind: str) -> None:
+def _write_rows(file: IO[bytes], start: int, rows: Tensor | QuantizedWeight, kind: str) -> None:
+    """Write rows [out, in], or a vector; codes that the format can hold go in as they are."""
     file.seek(start)
-    step = max(1, _ROWS_AT_ONCE // rows.shape[1])
+    if isinstance(rows, QuantizedWeight):
+        if holds_codes(kind, rows.format):
+            scale = rows.scale.float().numpy()
+            file.write(rows_from_codes(kind, rows.codes.numpy(), scale).data)
+            return
+        rows = rows.dequantize()
+    if rows.ndim == 1:
+        rows = rows[None]
+    step = max(1, _VALUES_AT_ONCE // rows.shape[1])
     for first in range(0, rows.shape[0], step):
         piece = rows[first : first + step].to(torch.float32).contiguous().numpy()
         file.write(encode_rows(piece, kind).data)

@@ -7,7 +7,7 @@ source: llama.cpp, `llama_model_llama4::load_arch_tensors`: names and shapes
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from l4cli.quantization.ggml_blocks import KINDS, fits, row_bytes
@@ -57,14 +57,25 @@ class GgufTensor:
         return num_rows * row_bytes(self.kind, self.shape[-1])
 
     @property
+    def num_parts(self) -> int:
+        """Experts, or one."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
     def size_bytes(self) -> int:
-        return self.part_bytes * (self.shape[0] if len(self.shape) == 3 else 1)
+        return self.part_bytes * self.num_parts
 
 
 def gguf_tensors(
-    shapes: Mapping[str, tuple[int, ...]], kind: str, num_rope_factors: int = 0
+    shapes: Mapping[str, tuple[int, ...]],
+    kind: str,
+    num_rope_factors: int = 0,
+    kept: Collection[str] = (),
 ) -> list[GgufTensor]:
-    """Lay out a text model's parameters. raises: KeyError for one that has no name there"""
+    """Lay out a text model's parameters; `kept`: those that are not rounded to blocks.
+
+    raises: KeyError for a parameter that has no name there
+    """
     assert kind in KINDS
     tensors: list[GgufTensor] = []
     position = 0
@@ -73,7 +84,7 @@ def gguf_tensors(
         name: str, parameter: str, shape: tuple[int, ...], columns: tuple[int, int] | None
     ) -> None:
         nonlocal position
-        own = _kind_of(name, shape, kind)
+        own = _kind_of(name, shape, "bf16" if parameter in kept else kind, kind)
         tensor = GgufTensor(name, parameter, shape, own, position, columns)
         tensors.append(tensor)
         position += -(-tensor.size_bytes // ALIGNMENT) * ALIGNMENT
@@ -108,13 +119,13 @@ def _names(
         yield f"{block}.{_LAYER[rest]}.weight", shape, None
 
 
-def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
+def _kind_of(name: str, shape: tuple[int, ...], kind: str, others: str) -> str:
     """Norms and routers in fp32; what no block divides in bf16; the head no worse than 8 bits.
 
     A router's rounding changes which expert is chosen, so nobody rounds it.
     """
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return "f32"
-    if not fits(kind, shape[-1]):
-        return "bf16"
-    return "q8_0" if kind == "q4_0" and name == "output.weight" else kind
+    if name == "output.weight" and others in ("q8_0", "q4_0"):
+        kind = "q8_0"
+    return kind if fits(kind, shape[-1]) else "bf16"

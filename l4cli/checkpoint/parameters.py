@@ -1,99 +1,112 @@
 """A checkpoint's parameters one at a time, so that memory holds one matrix and not a model.
 
-in: a folder; out: names, shapes, and values as the model has them: whole, or one expert's
-source: the same matching as `load_weights`; safetensors slices
+in: a folder, plain or quantized; out: names, shapes, and values: whole, or of one expert
+source: the same matching as `load_weights`
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from l4cli.checkpoint.hf_keys import Piece, match
-from l4cli.checkpoint.reader import DTYPES, check_matching, load_config, require_finite
+from l4cli.checkpoint.hf_keys import Piece
+from l4cli.checkpoint.linear_maps import require_finite
+from l4cli.checkpoint.quantized import is_quantized, module_of, read_quantized
+from l4cli.checkpoint.reader import DTYPES, load_config, matched_pieces
 from l4cli.checkpoint.stored import StoredWeights, open_weights, resolve_checkpoint
-from l4cli.errors import L4Error
 from l4cli.model import Llama4Config, build_model
+from l4cli.quantization import QuantizedWeight, WeightFormat
+from l4cli.quantization.parts import part_of
 
-# Pages of a mapped file count as ours until it is closed, so a big file is opened anew.
-_MAPPED_BYTES = 1 << 30
+Columns = tuple[int, int]  # of a fused expert [in, out]
 
 
 class ParameterReader:
-    """`with ParameterReader(path) as parameters:`; everything headers can tell is checked first."""
+    """Everything headers can tell is checked when it is made."""
 
     def __init__(self, path: Path | str) -> None:
         self.folder = resolve_checkpoint(path)
         self.config: Llama4Config = load_config(self.folder)
         self.stored: StoredWeights = open_weights(self.folder)
-        model = build_model(self.config, "meta")
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        matching = match(self.stored.tensors, self.shapes)
-        check_matching(self.stored, matching)
+        parameters = build_model(self.config, "meta").named_parameters()
+        self.shapes = {name: tuple(p.shape) for name, p in parameters}
         self._pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
-        for piece in matching.pieces:
+        for piece in matched_pieces(self.config, self.folder):
             self._pieces[piece.name].append(piece)
-        self._file: Any = None
-        self._open_name = ""
-        self._mapped = 0
-
-    def __enter__(self) -> ParameterReader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._close()
+        # Gate and up of an expert may lie in one tensor: read once for both.
+        self._last: tuple[tuple[str, int | None], Tensor] | None = None
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a parameter is stored in."""
+        """What a parameter is stored in; codes stand for bf16."""
+        if self.is_coded(name):
+            return torch.bfloat16
         return DTYPES[self.stored.tensors[self._pieces[name][0].key].dtype]
 
-    def num_parts(self, name: str) -> int:
-        """How many parts `parts` gives: the experts of a fused weight, else one."""
-        return self.shapes[name][0] if len(self.shapes[name]) == 3 else 1
+    def is_coded(self, name: str) -> bool:
+        """Whether a parameter is stored in codes."""
+        return is_quantized(self.stored, module_of(self._pieces[name][0].key))
+
+    def formats(self) -> set[WeightFormat]:
+        """The formats of quantized weights, as the first of each part of the model has them."""
+        firsts: dict[str, str] = {}
+        for name, pieces in self._pieces.items():
+            if self.is_coded(name):
+                module = module_of(pieces[0].key)
+                firsts.setdefault(part_of(module), module)
+        return {read_quantized(self.stored, module).format for module in firsts.values()}
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """A parameter in parts that follow one another in memory: expert by expert, or whole."""
-        for index in range(self.num_parts(name)):
-            yield self.part(name, index)
+        """A parameter in parts that follow one another in memory: whole, or fused [in, out] by
+        expert."""
+        if len(self.shapes[name]) < 3:
+            yield self._values(self._pieces[name][0].key)
+            return
+        half = self.shapes[name][2] // 2
+        both = [(0, half), (half, 2 * half)]
+        is_fused = self._pieces[name][0].expert is None
+        for expert in range(self.shapes[name][0]):
+            if is_fused:
+                yield self._tensor(self._pieces[name][0].key, expert)
+            elif name.endswith("gate_up_proj"):
+                maps = [_plain(self.linear(name, expert, columns)) for columns in both]
+                yield torch.cat([each.T for each in maps], dim=1)
+            else:
+                yield _plain(self.linear(name, expert, (0, 2 * half))).T
 
-    def part(self, name: str, index: int = 0) -> Tensor:
-        """One part, as stored. shapes: fused experts [E, in, out] -> [in, out], others whole
+    def linear(
+        self, name: str, expert: int | None = None, columns: Columns = (0, 0)
+    ) -> Tensor | QuantizedWeight:
+        """A linear map's weight [out, in], in codes where it is stored in codes.
 
-        raises: L4Error for values that are not finite
+        Of a fused parameter: one expert's, those columns. raises: L4Error for what is not finite
         """
         pieces = self._pieces[name]
-        if pieces[0].expert is None:
-            is_fused = len(self.shapes[name]) == 3
-            return self._read(pieces[0].key, index if is_fused else None)
-        own = sorted((p for p in pieces if p.expert == index), key=lambda p: p.columns)
-        # Each is an nn.Linear's [out, in]; side by side they are the fused [in, out].
-        return torch.cat([self._read(piece.key, None).T for piece in own], dim=1)
+        if expert is not None and pieces[0].expert is None:
+            start, end = columns
+            return self._tensor(pieces[0].key, expert)[:, start:end].T
+        own = [p for p in pieces if p.expert == expert and p.columns == columns]
+        (piece,) = own if expert is not None else pieces
+        if is_quantized(self.stored, module_of(piece.key)):
+            return read_quantized(self.stored, module_of(piece.key))
+        return self._tensor(piece.key, None)
 
-    def _read(self, key: str, index: int | None) -> Tensor:
-        name = self.stored.file_of[key]
-        path = self.stored.folder / name
-        try:
-            if name != self._open_name or self._mapped > _MAPPED_BYTES:
-                self._close()
-                self._file = safe_open(path, framework="pt", device="cpu").__enter__()
-                self._open_name = name
-            if index is None:
-                tensor: Tensor = self._file.get_tensor(key)
-            else:
-                tensor = self._file.get_slice(key)[index]
-        except SafetensorError as error:
-            fix = "fetch or write the file again"
-            raise L4Error(f"cannot read `{path}`", why=str(error), fix=fix) from error
-        self._mapped += tensor.numel() * tensor.itemsize
-        require_finite(path, key, tensor)
-        return tensor
+    def _values(self, key: str) -> Tensor:
+        if is_quantized(self.stored, module_of(key)):
+            return read_quantized(self.stored, module_of(key)).dequantize()
+        return self._tensor(key, None)
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.__exit__(None, None, None)
-        self._file, self._open_name, self._mapped = None, "", 0
+    def _tensor(self, key: str, index: int | None) -> Tensor:
+        wanted = (key, index)
+        if self._last is None or self._last[0] != wanted:
+            self._last = None  # before the next is read: never two at once
+            tensor = self.stored.read(key, index)
+            require_finite(self.stored, key, tensor)
+            self._last = (wanted, tensor)
+        return self._last[1]
+
+
+def _plain(weight: Tensor | QuantizedWeight) -> Tensor:
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight

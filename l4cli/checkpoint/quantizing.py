@@ -113,7 +113,7 @@ def relative_error_sums(quantized: QuantizedWeight, weight: Tensor) -> tuple[flo
             quantized.scale[scales],
             None if quantized.zero is None else quantized.zero[scales],
         )
-        values = weight[start : start + rows].float()
+        values = weight[start : start + rows].to(quantized.codes.device).float()
         lost += float((part.dequantize() - values).square().sum(dtype=torch.float64))
         had += float(values.square().sum(dtype=torch.float64))
     return lost, had

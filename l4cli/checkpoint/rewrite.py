@@ -1,6 +1,6 @@
 """Write a checkpoint anew as a plain Hugging Face folder, tensor by tensor.
 
-in: an open `ParameterReader`, a dtype; out: config, weights, index, the small files beside them
+in: a `ParameterReader`, a dtype; out: config, weights, index, the small files beside them
 source: HF Llama4 checkpoints (transformers 5.23); experts fused, as that reads and writes them
 """
 

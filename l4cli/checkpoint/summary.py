@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l4cli.checkpoint.compressed_tensors import config_text
+from l4cli.checkpoint.compressed_tensors import METHOD, config_text
 from l4cli.checkpoint.headers import Header
 from l4cli.checkpoint.manifest import recorded_hashes
 from l4cli.checkpoint.quantized import quantized_names
@@ -37,8 +37,9 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     }
     if stored.quantization:
         facts["quantization"] = config_text(stored.quantization)
-        facts["num_quantized"] = len(quantized_names(stored))
-        facts["bits_per_weight"] = 8 * stored.size_bytes / stored.num_parameters
+        if stored.quantization.get("quant_method") == METHOD:
+            facts["num_quantized"] = len(quantized_names(stored))
+            facts["bits_per_weight"] = 8 * stored.size_bytes / stored.num_parameters
     if facts["has_training_state"]:
         state = read_state_json(folder)
         facts["training"] = {k: v for k, v in state.items() if isinstance(v, _SHOWN_STATE)}

@@ -55,9 +55,17 @@ class ChatDtype(StrEnum):
     bf16 = "bf16"
 
 
+class Offloaded(StrEnum):
+    """What stays in host memory while a GPU computes."""
+
+    experts = "experts"
+
+
 SYSTEM_HELP = "what the model is told before the conversation"
 CACHE_HELP = "file that keeps what was read of a long prompt; made when it is not there"
 DRAFT_HELP = "small checkpoint with the same tokenizer that guesses ahead; answers stay as they are"
+OFFLOAD_HELP = "keep experts in host memory and copy those that are called to the GPU"
+OFFLOAD_MEMORY_HELP = "GiB on the GPU for experts  [default: half of what is free]"
 PENALTY_HELP = "above 1: what was said before becomes less likely"
 
 
@@ -108,6 +116,8 @@ def chat(
     draft_tokens: Annotated[
         int | None, typer.Option(min=1, help="guesses a step  [default: as many as pay]")
     ] = None,
+    offload: Annotated[Offloaded | None, typer.Option(help=OFFLOAD_HELP)] = None,
+    offload_memory: Annotated[float | None, typer.Option(min=0, help=OFFLOAD_MEMORY_HELP)] = None,
     seed: Seed = 0,
     dtype: Annotated[ChatDtype, typer.Option(help="precision; auto: as stored")] = ChatDtype.auto,
     device: DeviceOption = Device.auto,
@@ -144,6 +154,7 @@ def chat(
     opened_videos = [(str(path), open_video(path, frames)) for path in videos]
     _check_sampling(flags)
     _check_drafting(draft, lookup, draft_tokens)
+    room = _offload_bytes(offload, offload_memory)
 
     from l4cli.commands import chat_model, chat_speed, repl
     from l4cli.commands.boxes import show_boxes
@@ -151,7 +162,8 @@ def chat(
     from l4cli.commands.prompt_cache import PromptCache
     from l4cli.commands.shown import named_in_order
 
-    model = chat_model.load(checkpoint, device.value, dtype.value, is_raw=raw)
+    kept_away = None if offload is None else chat_model.Offload(room)
+    model = chat_model.load(checkpoint, device.value, dtype.value, is_raw=raw, offload=kept_away)
     sampling = model.sampling(flags, seed)
     kept = None if prompt_cache is None else PromptCache(prompt_cache, model.engine)
     guesses = chat_speed.speculation(
@@ -265,6 +277,17 @@ def _check_drafting(draft: Path | None, lookup: bool, draft_tokens: int | None) 
         why = "nobody guesses"
         fix = "give `--draft CHECKPOINT` or `--lookup` as well"
         raise UsageError(f"`--draft-tokens {draft_tokens}` given", why=why, fix=fix)
+
+
+def _offload_bytes(offload: Offloaded | None, memory_gib: float | None) -> int | None:
+    """Room for experts on the device; None: as it comes."""
+    if memory_gib is None:
+        return None
+    if offload is None:
+        why = "nothing is offloaded"
+        fix = "give `--offload experts` as well"
+        raise UsageError(f"`--offload-memory {memory_gib:g}` given", why=why, fix=fix)
+    return int(memory_gib * 2**30)
 
 
 def _check_sampling(flags: dict[str, float | int | None]) -> None:

@@ -13,6 +13,7 @@ examples:
 
 from __future__ import annotations
 
+import math
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -50,13 +51,16 @@ _PRECISIONS = {
 }
 
 
+DTYPE_HELP = "precision; q8_0 and q4_0 for gguf only  [default: as stored; of floats in gguf: bf16]"
+
+
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint or run folder")],
     out: Annotated[Path, typer.Option("-o", "--out", help="new folder, or GGUF file, to write")],
     to: Annotated[Target, typer.Option(help="format to write")] = Target.hf,
     dtype: Annotated[
         Precision | None,
-        typer.Option(help="precision; q8_0 and q4_0 for gguf only  [default: stored; gguf: bf16]"),
+        typer.Option(help=DTYPE_HELP),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="write a GGUF file that llama.cpp computes differently")
@@ -78,11 +82,14 @@ def convert(
         require_gguf()  # before anything is read
     from l4cli.checkpoint.parameters import ParameterReader
 
-    with ParameterReader(checkpoint) as parameters:
-        if to is Target.hf:
-            _write_hf(parameters, out, dtype)
-        else:
-            _write_gguf(parameters, out, dtype or Precision.bf16, force)
+    parameters = ParameterReader(checkpoint)
+    if to is Target.hf:
+        _write_hf(parameters, out, dtype)
+    else:
+        from l4cli.checkpoint.gguf_file import kind_of_codes
+
+        kept = kind_of_codes(parameters) or Precision.bf16
+        _write_gguf(parameters, out, dtype or Precision(kept), force)
 
 
 def _write_hf(parameters: ParameterReader, out: Path, dtype: Precision | None) -> None:
@@ -93,9 +100,8 @@ def _write_hf(parameters: ParameterReader, out: Path, dtype: Precision | None) -
 
     kinds = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
     kind = kinds[dtype] if dtype is not None else None
-    item = kind.itemsize if kind is not None else None
-    stored = parameters.stored
-    total = stored.num_parameters * item if item else stored.size_bytes
+    shapes = parameters.shapes.items()
+    total = sum(math.prod(s) * (kind or parameters.dtype(name)).itemsize for name, s in shapes)
     terminal.say(f"`{parameters.folder}` -> `{out}`  dtype {dtype or 'as stored'}")
     start = time.monotonic()
     with StagedFolder(out) as staged:
@@ -137,7 +143,10 @@ def _write_gguf(parameters: ParameterReader, out: Path, dtype: Precision, force:
         raise L4Error(f"cannot write `{out}`", why=why, fix=fix) from error
     if kind in ("q8_0", "q4_0") and "bf16" in report.kinds:
         count = terminal.count_text(report.kinds["bf16"])
-        terminal.say(f"{count} values stay bf16: 32 does not divide their rows")
+        why = "32 does not divide their rows"
+        if parameters.formats():
+            why = "the checkpoint has no codes for them, or " + why
+        terminal.say(f"{count} values stay bf16: {why}")
     _tell(out, Target.gguf, str(dtype), report.size_bytes, start, report.bits_per_weight)
 
 

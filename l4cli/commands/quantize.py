@@ -9,25 +9,35 @@ examples:
   l4 quantize scout/ --format int4 --group-size 128 --attention bf16 -o scout-int4/
   l4 quantize maverick/ --format fp8 --attention bf16 --shared bf16 -o maverick-fp8/
   l4 quantize runs/nano/latest --format int4 --lm-head int8 --dry-run
+  l4 quantize runs/nano/latest --method gptq --calibration books.tokens --eval-data held-out/ -o q/
+  l4 quantize runs/nano/latest --budget 4.5 --method gptq --calibration books.tokens -o q/
 """
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from l4cli import terminal
-from l4cli.commands.options import Json, Quiet
+from l4cli.commands import quantize_calibrate as text
+from l4cli.commands.options import Device, DeviceOption, Json, Quiet
 from l4cli.commands.quantize_options import (
     BLOCK,
     DECODER_PARTS,
     DEFAULT_GROUP,
     Attention,
     Blocks,
+    Budget,
+    Calibration,
+    CalibrationTokens,
     Dense,
+    EvalData,
+    EvalTokens,
     Experts,
     Format,
     FormatOption,
@@ -43,7 +53,7 @@ from l4cli.commands.quantize_options import (
     check_words,
     parse_group_size,
 )
-from l4cli.errors import UsageError
+from l4cli.errors import L4Error, UsageError
 
 if TYPE_CHECKING:
     from l4cli.checkpoint import LayerReport, QuantizationPlan
@@ -69,9 +79,15 @@ def quantize(
     dense: Dense = None,
     lm_head: LmHead = PartFormat.bf16,
     vision: Vision = PartFormat.bf16,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = None,
+    budget: Budget = None,
+    eval_data: EvalData = None,
+    eval_tokens: EvalTokens = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="sizes before and after, and the time; write nothing")
     ] = False,
+    device: DeviceOption = Device.auto,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -84,7 +100,23 @@ def quantize(
     if out is None and not dry_run:
         fix = f"name a new folder: `-o {checkpoint.name or 'model'}-{format}`"
         raise UsageError("nowhere to write", why="`-o` is missing", fix=fix)
-    _run(checkpoint, out, names, words, method, dry_run)
+    wanted = text.TextWords(
+        calibration, calibration_tokens, eval_data, eval_tokens, budget, device.value
+    )
+    wanted.check(is_calibrated=method == Method.gptq, has_out=not dry_run)
+    free = {part for part, name in chosen.items() if name is None}
+    if budget is not None:
+        _check_budget(free, group_size)
+    _run(checkpoint, out, names, words, method, device, dry_run, wanted, free)
+
+
+def _check_budget(free: set[str], group_size: str | None) -> None:
+    if group_size is not None:
+        why = "a budget chooses the groups"
+        raise UsageError("cannot use `--group-size` with `--budget`", why=why, fix="leave it out")
+    if not free:
+        why = "every part has a format of its own, so there is nothing to choose"
+        raise UsageError("cannot use `--budget`", why=why, fix="leave one of the parts out")
 
 
 def _run(
@@ -93,21 +125,51 @@ def _run(
     names: dict[str, str],
     words: FormatWords,
     method: Method,
+    device: Device,
     dry_run: bool,
+    wanted: text.TextWords,
+    free: set[str],
 ) -> None:
-    from l4cli.checkpoint import plan_quantization, quantize_checkpoint, require_new
-    from l4cli.quantization import RoundingQuantizer
+    from l4cli.checkpoint import plan_quantization, require_new
 
     if out is not None:
         require_new(out)
     formats = {part: _format(name, words) for part, name in names.items()}
     plan = plan_quantization(checkpoint, formats)
-    quantizer = RoundingQuantizer(searches=method == Method.search)
+    rows, held_out = text.read_calibration(plan, wanted), text.read_eval_data(plan, wanted)
+    if wanted.budget is not None:
+        text.spend_budget(plan, rows, wanted, free, words.zero_points)
+        text.show_budget(plan, free)
     _show_plan(plan, formats, method)
+    rounding = _quantizer(method, device)
     if dry_run:
-        _show_estimate(plan, quantizer)
+        _show_estimate(plan, rounding)
         return
     assert out is not None
+    _require_space(out, plan.size_bytes)
+    start_s = time.monotonic()
+    if method == Method.gptq:
+        assert rows is not None
+        with text.calibrated_quantizer(plan, rows, wanted) as quantizer:
+            reports = _write(plan, out, quantizer, formats, method, quantizer.report)
+        text.show_calibration(quantizer)
+    else:
+        reports = _write(plan, out, rounding, formats, method, dict)
+    _show_layers(plan, reports)
+    lost = None if held_out is None else text.measure(plan, out, held_out, wanted)
+    _show_result(plan, out, time.monotonic() - start_s, lost)
+
+
+def _write(
+    plan: QuantizationPlan,
+    out: Path,
+    quantizer: Quantizer,
+    formats: dict[str, WeightFormat | None],
+    method: Method,
+    describe: Callable[[], dict[str, Any]],
+) -> list[LayerReport]:
+    from l4cli.checkpoint import quantize_checkpoint
+
     options = {
         "source": str(plan.stored.folder),
         "method": str(method),
@@ -117,20 +179,19 @@ def _run(
     with terminal.progress("quantize", plan.num_quantized) as progress:
 
         def show(num_done: int) -> None:
-            rate = num_done / (time.monotonic() - start_s)
+            rate = num_done / max(time.monotonic() - start_s, 1e-9)
             left_s = (plan.num_quantized - num_done) / rate
             figures = {"weights_per_sec": terminal.count_text(rate)}
             progress.update(num_done, **figures, eta=terminal.time_text(left_s))
 
-        reports = quantize_checkpoint(
+        return quantize_checkpoint(
             plan,
             out,
             quantizer,
             on_layer=lambda report: terminal.emit({"event": "layer", **report.to_dict()}),
             on_weights=show,
-            describe=lambda: options,
+            describe=lambda: {**options, **describe()},
         )
-    _show_result(plan, reports, out, time.monotonic() - start_s)
 
 
 def _format(name: str, words: FormatWords) -> WeightFormat | None:
@@ -144,6 +205,23 @@ def _format(name: str, words: FormatWords) -> WeightFormat | None:
         return WeightFormat("int8", words.group_size)
     group_size = words.group_size or DEFAULT_GROUP
     return WeightFormat("int4", group_size, symmetric=not words.zero_points)
+
+
+def _quantizer(method: Method, device: Device) -> Quantizer:
+    from l4cli.quantization import RoundingQuantizer
+    from l4cli.training.device import torch_device
+
+    return RoundingQuantizer(method != Method.round, torch_device(device))
+
+
+def _require_space(out: Path, size_bytes: int) -> None:
+    """Refuse before hours of work what the disk cannot hold."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if size_bytes > free:
+        text = terminal.bytes_text
+        why = f"it takes {text(size_bytes)}, and {text(free)} of the disk are free"
+        raise L4Error(f"cannot write to `{out}`", why=why, fix="write to another disk")
 
 
 # For people
@@ -195,16 +273,21 @@ def _show_estimate(plan: QuantizationPlan, quantizer: Quantizer) -> None:
     terminal.table("", ("what", "value"), rows)
 
 
-def _show_result(
-    plan: QuantizationPlan, reports: list[LayerReport], out: Path, time_s: float
-) -> None:
-    from l4cli.checkpoint import plan_facts
-
+def _show_layers(plan: QuantizationPlan, reports: list[LayerReport]) -> None:
     parts = [p for p in (*DECODER_PARTS, "lm-head", "vision") if any(p in r.parts for r in reports)]
     rows = [_row(report, parts) for report in reports]
     terminal.table("relative error and size of each layer", ("layer", *parts, "size"), rows)
+
+
+def _show_result(
+    plan: QuantizationPlan, out: Path, time_s: float, lost: dict[str, Any] | None
+) -> None:
+    from l4cli.checkpoint import plan_facts
+
     facts = plan_facts(plan)
     done: dict[str, Any] = {"event": "done", "checkpoint": str(out), **facts, "time_s": time_s}
+    if lost is not None:
+        done["quality"] = lost
     terminal.emit(done)
     terminal.result(f"bits per weight: {facts['bits_per_weight']:.3f}")
     terminal.say(f"wrote `{out}` in {terminal.time_text(time_s)}; look at it with `l4 info {out}`")

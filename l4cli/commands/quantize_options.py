@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +49,7 @@ class Method(StrEnum):
 
     round = "round"
     search = "search"
+    gptq = "gptq"
 
 
 FormatOption = Annotated[
@@ -72,7 +74,10 @@ Blocks = Annotated[
     bool, typer.Option("--blocks", help="fp8: a scale for 128x128 weights, not for each output")
 ]
 MethodOption = Annotated[
-    Method, typer.Option("--method", help="`search` tries scales, `round` takes the range")
+    Method,
+    typer.Option(
+        "--method", help="`search` tries scales, `round` takes the range, `gptq` calibrates on text"
+    ),
 ]
 Attention = Annotated[
     PartFormat | None, typer.Option("--attention", help="q, k, v and o projections")
@@ -82,6 +87,33 @@ Shared = Annotated[PartFormat | None, typer.Option("--shared", help="shared expe
 Dense = Annotated[PartFormat | None, typer.Option("--dense", help="MLPs of dense layers")]
 LmHead = Annotated[PartFormat, typer.Option("--lm-head", help="the head")]
 Vision = Annotated[PartFormat, typer.Option("--vision", help="encoder, adapter and projector")]
+
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="text for gptq: a token stream or shards"),
+]
+CalibrationTokens = Annotated[
+    str | None,
+    typer.Option("--calibration-tokens", metavar="N", help="how much of it  [default: 128k]"),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        min=1.0,
+        max=16.0,
+        metavar="BITS",
+        help="choose formats within so many bits per weight, scales included, of the decoder's "
+        "parts without a format of their own; by what they lose on `--calibration`, or by weight",
+    ),
+]
+EvalData = Annotated[
+    Path | None,
+    typer.Option("--eval-data", metavar="FILE", help="held-out text: measure what was lost on it"),
+]
+EvalTokens = Annotated[
+    str | None, typer.Option("--eval-tokens", metavar="N", help="how much of it  [default: all]")
+]
 
 
 @dataclass(frozen=True)

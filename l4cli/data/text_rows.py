@@ -50,12 +50,17 @@ class TextRows:
             yield self.rows[start : start + size]
 
 
-def read_text_rows(path: Path, num_tokens: int | None, what: str) -> TextRows:
-    """Read the first `num_tokens` (None: all) of a stream or of shards.
+def read_text_rows(
+    path: Path, num_tokens: int | None, what: str, row_tokens: int = ROW_TOKENS
+) -> TextRows:
+    """Read the first `num_tokens` (None: all) of a stream, in rows of `row_tokens`, or of shards.
 
     `what` begins the error. raises: L4Error when there are fewer, or none
     """
-    found = _of_shards(path, num_tokens) if path.is_dir() else _of_stream(path, num_tokens)
+    if path.is_dir():
+        found = _of_shards(path, num_tokens)
+    else:
+        found = _of_stream(path, num_tokens, row_tokens)
     if not found.rows:
         fix = "tokenize text for it: `l4 tokenize FILES -o OUT.tokens`"
         raise L4Error(f"{what} `{path}`", why="it holds no text without pictures", fix=fix)
@@ -79,7 +84,7 @@ def _of_shards(path: Path, num_tokens: int | None) -> TextRows:
     return TextRows(path, rows, shards.geometry, shards.fingerprint)
 
 
-def _of_stream(path: Path, num_tokens: int | None) -> TextRows:
+def _of_stream(path: Path, num_tokens: int | None, row_tokens: int) -> TextRows:
     try:
         with open(path, "rb") as file:
             stream = read_stream(file, str(path))
@@ -100,7 +105,7 @@ def _of_stream(path: Path, num_tokens: int | None) -> TextRows:
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise L4Error(f"cannot read `{path}`", why=why, fix="check the path") from error
-    rows = _cut(parts, num_tokens)
+    rows = _cut(parts, num_tokens, row_tokens)
     return TextRows(path, rows, header.geometry, header.fingerprint)
 
 
@@ -111,13 +116,13 @@ def _with_media(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return found
 
 
-def _cut(parts: list[tuple[np.ndarray, int]], num_tokens: int | None) -> list[Row]:
+def _cut(parts: list[tuple[np.ndarray, int]], num_tokens: int | None, row_tokens: int) -> list[Row]:
     """Lay documents end to end and cut rows; the last one is filled with padding."""
     if not parts:
         return []
     tokens = np.concatenate([part for part, _ in parts])[:num_tokens]
     numbers = np.concatenate([np.full(len(part), number) for part, number in parts])[:num_tokens]
-    length = min(ROW_TOKENS, len(tokens))
+    length = min(row_tokens, len(tokens))
     rows = []
     for start in range(0, len(tokens), length):
         ids = np.zeros(length, np.uint32)

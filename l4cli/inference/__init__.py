@@ -4,6 +4,7 @@ from l4cli.inference.cache import Cache, CacheBatch
 from l4cli.inference.drafts import LookupDrafter, ModelDrafter
 from l4cli.inference.engine import PREFILL_CHUNK, Engine
 from l4cli.inference.kept import KV_DTYPES, CacheOptions
+from l4cli.inference.offload import offload_experts, open_offloaded
 from l4cli.inference.packing import pack_weights
 from l4cli.inference.requests import Event, Request, RoutingRecord
 from l4cli.inference.sampler import Sampler, SamplingOptions
@@ -26,6 +27,8 @@ __all__ = [
     "Sampler",
     "SamplingOptions",
     "Speculation",
+    "offload_experts",
+    "open_offloaded",
     "pack_weights",
     "step_cost",
 ]

@@ -116,12 +116,12 @@ class Cache:
         return forks
 
     @property
-    def room(self) -> int:
+    def undoable(self) -> int:
         """How many more tokens can be read and then taken back, all or some; 0 at borders."""
-        return min(layer.room for layer in self.layers)
+        return min(layer.undoable for layer in self.layers)
 
     def take_back(self, num_tokens: int) -> None:
-        """Forget the newest tokens, read since there was `room` for them."""
+        """Forget the newest tokens, read since as many were `undoable`."""
         if num_tokens == 0:
             return
         for layer in self.layers:

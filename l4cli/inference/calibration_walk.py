@@ -69,7 +69,7 @@ class CalibrationWalk:
             self.walk.pass_layer(skipped)
         self._layer_idx = layer_idx + 1
         with self.walk.resident(layer_idx):
-            layer = self.walk.text.layers[layer_idx]
+            layer = self.walk.layer(layer_idx)
             yield from self._attention(layer, wanted)
             self._add_attention(layer)
             if isinstance(layer.feed_forward, MoE):
@@ -93,16 +93,15 @@ class CalibrationWalk:
             hessian.add(h_MD[piece.is_real_M])
         return hessian
 
-    @torch.no_grad()
     def weight(self, layer_idx: int, place: str) -> Tensor:
         """A map of the layer that is here. shapes: -> [O, I]"""
-        layer = self.walk.text.layers[layer_idx]
+        layer = self.walk.layer(layer_idx)
         found = _EXPERT.fullmatch(place)
         if found is None:
-            return layer.get_submodule(place).weight
-        return _part_of_expert(layer.feed_forward.experts, int(found[1]), found[2])
+            return layer.get_parameter(f"{place}.weight").detach()
+        assert isinstance(layer.feed_forward, MoE)
+        return _part_of_expert(layer.feed_forward.experts, int(found[1]), found[2]).detach()
 
-    @torch.no_grad()
     def replace(self, layer_idx: int, place: str, weight_OI: Tensor) -> None:
         """Let a map of the layer that is here have other values."""
         self.weight(layer_idx, place).copy_(weight_OI)
@@ -164,10 +163,9 @@ class CalibrationWalk:
     def _normed(self, layer: DecoderLayer, piece: Piece) -> Tensor:
         return layer.post_attention_layernorm(self.walk.states(piece)).flatten(0, 1)
 
-    def _moe(
-        self, layer: DecoderLayer, layer_idx: int, wanted: Collection[str]
-    ) -> Iterator[Stage]:
+    def _moe(self, layer: DecoderLayer, layer_idx: int, wanted: Collection[str]) -> Iterator[Stage]:
         moe = layer.feed_forward
+        assert isinstance(moe, MoE)
         yield from self._mlp(layer, moe.shared_expert, "feed_forward.shared_expert", wanted)
         logits_ME = torch.cat(
             [moe.router(self._normed(layer, piece).float()).cpu() for piece in self.walk.pieces]
@@ -202,6 +200,7 @@ class CalibrationWalk:
         gate_R: Tensor,
         wanted: Collection[str],
     ) -> Iterator[Stage]:
+        assert isinstance(layer.feed_forward, MoE)
         experts, prefix = layer.feed_forward.experts, f"feed_forward.experts.{expert}"
         num_inputs, num_inner = experts.down_proj.shape[2], experts.down_proj.shape[1]
         here = [name for name in (f"{prefix}.gate_proj", f"{prefix}.up_proj") if name in wanted]

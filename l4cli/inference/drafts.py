@@ -152,7 +152,7 @@ class ModelDrafter:
     def _can_read(self, num_tokens: int, *, is_certain: bool) -> bool:
         """Whether there is room, of guesses also to take them back."""
         has_context = self.cache.num_tokens + num_tokens <= self.engine.max_context
-        return has_context and num_tokens > 0 and (is_certain or self.cache.room >= num_tokens)
+        return has_context and num_tokens > 0 and (is_certain or self.cache.undoable >= num_tokens)
 
     def _read(self, tokens: list[int], num_ids: int) -> Tensor:
         """The next token's logits, over the large model's vocabulary. shapes: -> [V]"""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from l4cli.inference.cache import Cache, CacheBatch
-from l4cli.inference.pieces import as_ids
+from l4cli.inference.pieces import as_ids, check_ids
 from l4cli.inference.requests import Event, Finish, Request, RoutingRecord
 from l4cli.inference.sampler import Sampler, choose_all
 from l4cli.inference.shared_prefix import SharedPrefixes
@@ -82,16 +82,34 @@ class Generation:
         budget = READ_BESIDE
         while budget > 0 or not (self.active or fresh):
             if self.reading is None:
-                if not self.waiting or len(self.active) + len(fresh) >= self.max_batch_size:
-                    break
-                index, request = self.waiting.popleft()
-                size = READ_BESIDE if self.active or fresh else self.engine.prefill_chunk
-                self.reading = Reading(self.engine, index, request, self.shared, size)
+                short = self._begin(budget, len(self.active) + len(fresh))
+                if short:
+                    budget -= read_together(self.engine, short)
+                    fresh += [reading.row() for reading in short]
+                if self.reading is None:
+                    if not short:
+                        break
+                    continue
             budget -= self.reading.read_piece()
             if self.reading.is_done:
                 fresh.append(self.reading.row())
                 self.reading = None
         return fresh
+
+    def _begin(self, budget: int, num_rows: int) -> list[Reading]:
+        """Take short prompts that are read in one pass; a long one is the next to be read."""
+        short: list[Reading] = []
+        while self.waiting and budget > 0 and num_rows < self.max_batch_size:
+            index, request = self.waiting.popleft()
+            size = READ_BESIDE if num_rows else self.engine.prefill_chunk
+            reading = Reading(self.engine, index, request, self.shared, size)
+            num_rows += 1
+            if not 0 < reading.num_short <= budget:
+                self.reading = reading
+                break
+            short.append(reading)
+            budget -= reading.num_short
+        return short
 
     def _choose(self, rows: list[Row], logits_BV: Tensor) -> Iterator[Event]:
         """Draw every row's next token; those with more to say stay."""
@@ -141,8 +159,12 @@ class Reading:
         self.record = RoutingRecord() if request.wants_experts else None
         known, marks = shared.begin(index)
         self.cache = request.cache or known or engine.new_cache()
-        self.pieces = self._pieces(0 if known is None else known.num_tokens, marks, piece_size)
+        self.start = 0 if known is None else known.num_tokens
+        self.pieces = self._pieces(self.start, marks, piece_size)
         self.is_done = not len(request.tokens)
+        is_plain = request.pixel_values is None and self.record is None
+        # Tokens that may be read in one pass with others; 0: only by itself.
+        self.num_short = 0 if marks or not is_plain else len(request.tokens) - self.start
 
     def read_piece(self) -> int:
         """Read on; say how many tokens that were."""
@@ -177,6 +199,45 @@ class Reading:
         sampler = Sampler(sampling, self.cache.tokens, self.engine.never, logits_V)
         experts = None if self.record is None else self.record.take()[0]
         return Row(self.index, self.request, self.cache, sampler, experts)
+
+
+class InOneRow:
+    """Stands where a cache stands: several texts one after the other, each with its own cache."""
+
+    def __init__(self, caches: Sequence[Cache], lengths: Sequence[int]) -> None:
+        self.caches, self.lengths = caches, list(lengths)
+
+    def attend(self, layer_idx: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        """Append k and v to each text's cache, then attend with q. shapes: -> out as q"""
+        texts = zip(*(x[0].split(self.lengths) for x in (q_BTNH, k_BTKH, v_BTKH)), strict=True)
+        layers = [cache.layers[layer_idx] for cache in self.caches]
+        outs = [layer.attend(*text) for layer, text in zip(layers, texts, strict=True)]
+        return torch.cat(outs)[None]
+
+
+@torch.inference_mode()
+def read_together(engine: Engine, readings: Sequence[Reading]) -> int:
+    """Read short prompts to their ends in one pass; say how many tokens that were."""
+    device, texts, positions = engine.device, [], []
+    for reading in readings:
+        ids_T = as_ids(reading.request.tokens)[reading.start :]
+        check_ids(ids_T, engine.config.text.vocab_size)
+        texts.append(ids_T)
+        first = reading.cache.num_tokens
+        positions.append(torch.arange(first, first + len(ids_T)))
+    lengths = [len(ids_T) for ids_T in texts]
+    batch = Batch.continuing(
+        torch.cat(texts)[None].to(device), torch.cat(positions)[None].to(device)
+    )
+    cache = InOneRow([reading.cache for reading in readings], lengths)
+    hidden_MD = engine.model.hidden(batch, cache)[0]
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+    logits_BV = engine.model.lm_head(hidden_MD[ends]).float()
+    for reading, ids_T, logits_V in zip(readings, texts, logits_BV, strict=True):
+        reading.cache.tokens.extend(ids_T)
+        reading.cache.logits_V = logits_V
+        reading.is_done = True
+    return sum(lengths)
 
 
 def read_whole(engine: Engine, index: int, request: Request) -> Row:

@@ -264,7 +264,7 @@ class LayerCache:
         self.num_tokens = num_tokens
 
     @property
-    def room(self) -> int:
+    def undoable(self) -> int:
         """How many more tokens can be taken back again, whatever their number.
 
         Beyond them something is emptied, sealed or quantized, and that is not undone.
@@ -275,7 +275,7 @@ class LayerCache:
         return max(0, full - self.tail_length - 1)
 
     def take_back(self, num_tokens: int) -> None:
-        """Forget the newest tokens, read since there was `room` for them."""
+        """Forget the newest tokens, read since as many were `undoable`."""
         assert 0 <= num_tokens <= self.tail_length
         self.tail_length -= num_tokens
         self.num_tokens -= num_tokens

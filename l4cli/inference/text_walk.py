@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from l4cli.inference.layer_major import hidden_states, open_streamed, resident_layer
-from l4cli.model.text import LayerInput, TextModel
+from l4cli.model.text import DecoderLayer, LayerInput, TextModel
 from l4cli.ops.batch import Batch
 from l4cli.ops.moe import Routing
 
@@ -67,6 +67,12 @@ class TextWalk:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
+    def layer(self, layer_idx: int) -> DecoderLayer:
+        """A layer; its weights are here within `resident` only."""
+        layer = self.text.layers[layer_idx]
+        assert isinstance(layer, DecoderLayer)
+        return layer
+
     @property
     def num_layers(self) -> int:
         return len(self.text.layers)
@@ -100,7 +106,7 @@ class TextWalk:
         with self.resident(layer_idx):
             for piece in self._pieces:
                 h_BTD = self.states(piece)
-                layer = self.text.layers[layer_idx]
+                layer = self.layer(layer_idx)
                 self.keep(piece, layer(h_BTD, self.layer_input(piece, h_BTD, routing)))
 
     @torch.no_grad()

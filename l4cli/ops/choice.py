@@ -27,9 +27,12 @@ _PLACES = (
     ("rope", "ROTATE_UNIT"),
     ("swiglu", "SWIGLU"),
     ("moe", "ROUTED_EXPERTS"),
+    ("fp8", "FP8_EXPERTS"),
     ("attention", "SEGMENT_ATTENTION"),
     ("attention", "FULL_ATTENTION"),
+    ("parts_attention", "ATTEND_PARTS"),
     ("packed_linear", "PACKED_LINEAR"),
+    ("weight_only", "WEIGHT_ONLY"),
     ("cross_entropy", "LINEAR_CROSS_ENTROPY"),
     ("cross_entropy", "TOKEN_LOSSES"),
 )

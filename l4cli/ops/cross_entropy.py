@@ -145,9 +145,7 @@ def token_losses(
     return TOKEN_LOSSES.pick(h_MD)(h_MD, weight_VD, labels_M, chunk)
 
 
-def _chunked_losses(
-    h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None
-) -> Tensor:
+def _chunked_losses(h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None) -> Tensor:
     chunk = chunk or max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
     cast_VD = weight_VD.to(h_MD.dtype)
     parts = [
@@ -159,9 +157,7 @@ def _chunked_losses(
     return torch.cat(parts) if parts else h_MD.new_zeros(0, dtype=torch.float32)
 
 
-def _losses_at_once(
-    h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None
-) -> Tensor:
+def _losses_at_once(h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None) -> Tensor:
     return _chunked_losses(h_MD, weight_VD, labels_M, max(1, len(h_MD)))
 
 

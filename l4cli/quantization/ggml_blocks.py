@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from l4cli.quantization.formats import WeightFormat
+
 BLOCK = 32  # values that share a scale
 BLOCK_BYTES = {"q8_0": 2 + BLOCK, "q4_0": 2 + BLOCK // 2}
 ITEM_BYTES = {"f32": 4, "bf16": 2}
@@ -40,11 +42,21 @@ def encode_rows(rows: np.ndarray, kind: str) -> np.ndarray:
     return out
 
 
-def q4_0_from_codes(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Store codes of -8..7 as they are. shapes: [n, width] int8, [n, width / 32] -> uint8 rows"""
-    blocks = (codes.reshape(-1, BLOCK) + 8).astype(np.uint8)
-    halves = scale.reshape(-1, 1).astype("<f2")
-    return _joined(halves, _paired(blocks)).reshape(len(codes), -1)
+def holds_codes(kind: str, format: WeightFormat) -> bool:
+    """Whether codes of a format become blocks of this kind as they are, scales in fp16 apart."""
+    whole_blocks = format.group_size is None or format.group_size % BLOCK == 0
+    name = {"q4_0": "int4", "q8_0": "int8"}.get(kind)
+    return format.name == name and format.symmetric and whole_blocks
+
+
+def rows_from_codes(kind: str, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Store codes as they are. shapes: [n, width] int8, [n, groups] fp32 -> [n, row_bytes] uint8"""
+    num_rows, width = codes.shape
+    blocks = codes.reshape(-1, BLOCK)
+    halves = scale.repeat(width // BLOCK // scale.shape[1], axis=1).reshape(-1, 1).astype("<f2")
+    if kind == "q4_0":
+        blocks = _paired((blocks + 8).astype(np.uint8))
+    return _joined(halves, blocks.view(np.uint8)).reshape(num_rows, -1)
 
 
 def _f32(rows: np.ndarray) -> np.ndarray:

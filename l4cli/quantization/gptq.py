@@ -86,7 +86,7 @@ def _scales(
         scale, zero = searched_scales(groups, format, counts)
     else:
         scale, zero = spanned_scales(groups, format)
-    shape = scale_shape(*weight_OI.shape, format)
+    shape = scale_shape(weight_OI.shape[0], weight_OI.shape[1], format)
     return stored_scale(scale).view(shape), None if zero is None else zero.view(shape)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from l4cli.quantization.formats import QuantizedWeight, WeightFormat
@@ -44,6 +45,7 @@ class RoundingQuantizer:
     """Rounds each weight by itself, with plain or searched scales; needs no data."""
 
     searches: bool = False
+    device: torch.device | str = "cpu"  # to compute on
 
     def quantize_layer(
         self,
@@ -53,4 +55,5 @@ class RoundingQuantizer:
     ) -> Iterator[tuple[str, QuantizedWeight]]:
         """See `Quantizer`."""
         for name, format in choices.items():
-            yield name, round_weight(weights[name], format, searches=self.searches)
+            weight = weights[name].to(self.device)
+            yield name, round_weight(weight, format, searches=self.searches)

@@ -82,9 +82,10 @@ def split_plain(
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
-    for first in range(split * span, min(split * span + span, num_tokens), BLOCK_S):
+    end = min(split * span + span, num_tokens)
+    for first in range(split * span, end, BLOCK_S):
         tokens = first + tl.arange(0, BLOCK_S)
-        is_key = tokens < num_tokens
+        is_key = tokens < end
         is_read = is_key[:, None] & is_dim[None, :]
         tokens = tokens.to(tl.int64)[:, None]
         k = tl.load(keys + tokens * key_token + dims[None, :], mask=is_read, other=0.0)
@@ -147,9 +148,10 @@ def split_codes(
     total = tl.zeros([BLOCK_R], tl.float32)
     one = tl.zeros([BLOCK_R, BLOCK_HALF], tl.float32)
     two = tl.zeros([BLOCK_R, BLOCK_HALF], tl.float32)
-    for first in range(split * span, min(split * span + span, num_tokens), BLOCK_S):
+    end = min(split * span + span, num_tokens)
+    for first in range(split * span, end, BLOCK_S):
         tokens = first + tl.arange(0, BLOCK_S)
-        is_key = tokens < num_tokens
+        is_key = tokens < end
         is_read = is_key[:, None] & is_dim[None, :]
         group = wide * level_head + first // KEY_GROUP * HEAD_DIM + dims
         k_one, k_two = _codes(keys, tokens[:, None], width, dims, is_read, half, BITS)
@@ -187,9 +189,10 @@ def merge_splits(
     top = float("-inf")
     total = 0.0
     acc = tl.zeros([BLOCK_H], tl.float32)
-    for first in range(group * GROUP, min(group * GROUP + GROUP, num_splits), AT_ONCE):
+    end = min(group * GROUP + GROUP, num_splits)
+    for first in range(group * GROUP, end, AT_ONCE):
         splits = first + tl.arange(0, AT_ONCE)
-        is_split = splits < num_splits
+        is_split = splits < end
         at = splits.to(tl.int64) * num_rows + row
         sums = tl.load(lse + at, mask=is_split, other=float("-inf"))
         new_top = tl.maximum(top, tl.max(sums, 0))
@@ -263,9 +266,10 @@ def _launch(
         "num_stages": 3,
     }
     if not part.bits:
+        options["BLOCK_H"] = max(triton.next_power_of_2(head_dim), 16)
         split_plain[grid](
             *tensors, num_tokens, span, num_rows, *part.keys.stride()[:2],
-            *part.values.stride()[:2], scale, BLOCK_H=max(triton.next_power_of_2(head_dim), 16), **options,
+            *part.values.stride()[:2], scale, **options,
         )  # fmt: skip
         return
     assert part.key_scale is not None
@@ -282,7 +286,10 @@ def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """One level of joining: a GROUP of splits becomes one."""
     num_splits, num_heads, num_rows, head_dim = out.shape
     groups = triton.cdiv(num_splits, GROUP)
-    merged, merged_lse = out.new_empty(groups, *out.shape[1:]), lse.new_empty(groups, *lse.shape[1:])
+    merged, merged_lse = (
+        out.new_empty(groups, *out.shape[1:]),
+        lse.new_empty(groups, *lse.shape[1:]),
+    )
     merge_splits[(num_heads * num_rows, groups)](
         out, lse, merged, merged_lse, num_splits, num_heads * num_rows, head_dim,
         triton.next_power_of_2(head_dim), GROUP, 32, num_warps=4,

@@ -52,7 +52,7 @@ def tiles_for(num_rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
 
 
 @triton.jit
-def _rows_of_tile(
+def rows_of_tile(
     tile, slots_ptr, ends_ptr, tile_ends_ptr, E, E_POWER: tl.constexpr, BM: tl.constexpr
 ):
     """The expert of a tile (E: none), its rows, which of them are real, and their slots."""
@@ -71,7 +71,7 @@ def _rows_of_tile(
 
 
 @triton.jit
-def _place(pid, num_tiles, num_blocks, BAND: tl.constexpr):
+def place(pid, num_tiles, num_blocks, BAND: tl.constexpr):
     """Walk bands of tiles column by column: neighbours share weights and rows in the cache."""
     per_band = BAND * num_blocks
     first = (pid // per_band) * BAND
@@ -88,8 +88,8 @@ def swiglu_forward(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """h = x[rows] @ w_in[expert] (kept when KEEP); a = silu(g * h_gate) * g * h_up."""
-    tile, block = _place(tl.program_id(0), num_tiles, tl.cdiv(F, BN), 8)
-    expert, rows, is_real, slots = _rows_of_tile(
+    tile, block = place(tl.program_id(0), num_tiles, tl.cdiv(F, BN), 8)
+    expert, rows, is_real, slots = rows_of_tile(
         tile, slots_ptr, ends_ptr, tile_ends_ptr, E, E_POWER, BM
     )
     if expert >= E:
@@ -134,8 +134,8 @@ def rows_product(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y[slot] = a[row] @ w[expert]; w is [E, K, N], or [E, N, K] when TRANSPOSED."""
-    tile, block = _place(tl.program_id(0), num_tiles, tl.cdiv(N, BN), 8)
-    expert, rows, is_real, slots = _rows_of_tile(
+    tile, block = place(tl.program_id(0), num_tiles, tl.cdiv(N, BN), 8)
+    expert, rows, is_real, slots = rows_of_tile(
         tile, slots_ptr, ends_ptr, tile_ends_ptr, E, E_POWER, BM
     )
     if expert >= E:
@@ -176,8 +176,8 @@ def swiglu_backward(
 
     Writes a again, the gradient of the unscaled h, and this block's share of the gate's gradient.
     """
-    tile, block = _place(tl.program_id(0), num_tiles, tl.cdiv(F, BN), 8)
-    expert, rows, is_real, slots = _rows_of_tile(
+    tile, block = place(tl.program_id(0), num_tiles, tl.cdiv(F, BN), 8)
+    expert, rows, is_real, slots = rows_of_tile(
         tile, slots_ptr, ends_ptr, tile_ends_ptr, E, E_POWER, BM
     )
     if expert >= E:
@@ -231,7 +231,7 @@ def weight_gradient(
     pid = tl.program_id(0)
     per_expert = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     expert = pid // per_expert
-    tile, block = _place(pid % per_expert, tl.cdiv(M, BM), tl.cdiv(N, BN), 8)
+    tile, block = place(pid % per_expert, tl.cdiv(M, BM), tl.cdiv(N, BN), 8)
     m = tile * BM + tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)

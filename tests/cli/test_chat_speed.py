@@ -110,3 +110,16 @@ def test_no_such_draft(ask, random_model):
     code, _, err = ask(random_model, "-p", "hi", "--draft", "nowhere")
     assert code == 1
     assert "nowhere" in err
+
+
+def test_offload_on_a_cpu_says_that_it_changes_nothing(ask, random_model):
+    plain = ask(random_model, "-p", "hi", "--device", "cpu")
+    code, out, err = ask(random_model, "-p", "hi", "--device", "cpu", "--offload", "experts")
+    assert (code, out) == plain[:2]
+    assert "`--offload experts` changes nothing on a CPU: experts are in host memory" in err
+
+
+def test_offload_memory_without_offload(ask, random_model):
+    code, _, err = ask(random_model, "-p", "hi", "--offload-memory", 2)
+    assert code == 2
+    assert "nothing is offloaded" in err

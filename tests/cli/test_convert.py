@@ -16,8 +16,16 @@ from gguf_models import TEXT, expected_tensors, fitting_checkpoint, trained_toke
 from safetensors.torch import load_file, save_file
 from tiny_chat import save_checkpoint
 
-from l4cli.checkpoint import RunFolder, load_model, open_weights, save_model
+from l4cli.checkpoint import (
+    RunFolder,
+    load_model,
+    open_weights,
+    plan_quantization,
+    quantize_checkpoint,
+    save_model,
+)
 from l4cli.cli import main
+from l4cli.quantization import RoundingQuantizer, WeightFormat
 from l4cli.text import load_tokenizer
 
 
@@ -123,8 +131,7 @@ def test_shards_have_an_index(
     from l4cli.checkpoint.rewrite import rewrite
 
     seen: list[int] = []
-    with ParameterReader(checkpoint) as parameters:
-        rewrite(parameters, tmp_path, None, seen.append, max_shard_bytes=200_000)
+    rewrite(ParameterReader(checkpoint), tmp_path, None, seen.append, max_shard_bytes=200_000)
     stored = open_weights(tmp_path)
     assert len(stored.files) > 3
     assert seen[-1] == stored.size_bytes
@@ -226,6 +233,45 @@ def test_llama3_stretching_becomes_factors(tmp_path: Path) -> None:
     smooth = (8192 / wavelengths[middle] - 1) / 3
     assert middle.any()
     assert np.allclose(factors[middle], 1 / ((1 - smooth) / 16 + smooth), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [(WeightFormat("int4", 32), "Q4_0"), (WeightFormat("int8"), "Q8_0")],
+)
+def test_codes_of_a_quantized_checkpoint_are_kept(
+    format: WeightFormat, kind: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """No rounding on top: values differ by their scales' rounding to fp16 alone."""
+    gguf = pytest.importorskip("gguf")
+    parts = ("attention", "experts", "shared", "dense")
+    plan = plan_quantization(checkpoint, dict.fromkeys(parts, format))
+    quantize_checkpoint(plan, tmp_path / "codes", RoundingQuantizer())
+    out = tmp_path / "model.gguf"
+    flags = ["--to", "gguf", "--quiet"]
+    assert main(["convert", str(tmp_path / "codes"), "-o", str(out), *flags]) == 0
+    expected = expected_tensors(load_model(tmp_path / "codes", dtype=torch.float32))
+    kinds = {}
+    for tensor in gguf.GGUFReader(out).tensors:
+        read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        kinds[tensor.name] = tensor.tensor_type.name
+        if kinds[tensor.name] == kind and tensor.name != "output.weight":
+            assert np.allclose(read, expected[tensor.name], rtol=2**-11, atol=0), tensor.name
+    assert kinds["blk.1.ffn_gate_exps.weight"] == kinds["blk.0.attn_q.weight"] == kind
+    assert kinds["token_embd.weight"] == "BF16"
+    assert kinds["output.weight"] == "Q8_0"
+
+
+def test_codes_become_plain_values(checkpoint: Path, tmp_path: Path) -> None:
+    plan = plan_quantization(checkpoint, {"experts": WeightFormat("int4", 32, symmetric=False)})
+    quantize_checkpoint(plan, tmp_path / "codes", RoundingQuantizer())
+    assert main(["convert", str(tmp_path / "codes"), "-o", str(tmp_path / "hf"), "--quiet"]) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
+    written, coded = (load_model(tmp_path / name).state_dict() for name in ("hf", "codes"))
+    for name, weight in written.items():
+        assert torch.equal(weight, coded[name]), name
+        assert weight.dtype == coded[name].dtype
+        assert weight.dtype == torch.bfloat16 or "experts." not in name
 
 
 def test_a_picture_encoder_stays_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,24 @@ def test_who_waits_joins_when_another_ends():
     assert max(steps) == 2
 
 
+def test_short_prompts_are_read_in_one_pass():
+    """Each goes to its own cache, some after a past, across the borders of chunks."""
+    engine, passes = counting_engine()
+    requests = [Request(random_ids(3 + 4 * i, seed=i), max_new_tokens=6) for i in range(6)]
+    past = engine.prefill(random_ids(21, seed=50))
+    requests += [
+        Request(random_ids(5 + i, seed=20 + i), cache=fork, max_new_tokens=6)
+        for i, fork in enumerate(past.fork(3))
+    ]
+    passes.clear()
+    together = answers(engine, requests)
+    lengths = [len(request.tokens) for request in requests]
+    assert [length for _, length in passes if length > 1] == [sum(lengths)]
+    for i, request in enumerate(requests):
+        ids = [*past.tokens] * (i >= 6) + request.tokens.tolist()
+        assert together[i] == answers(engine, [Request(ids, max_new_tokens=6)])[0]
+
+
 def test_a_long_prompt_stalls_nobody_for_long():
     engine, passes = counting_engine()
     requests = [

@@ -7,7 +7,7 @@ from triton_harness import repair_interpreter
 
 repair_interpreter()
 
-from tiny_kernels import product, round_to  # noqa: E402
+from tiny_kernels import product, round_to, subtract  # noqa: E402
 
 
 def test_bf16_product() -> None:
@@ -32,3 +32,22 @@ def test_casts_round_to_nearest_even() -> None:
     x[0] = float("nan")
     round_to[(1,)](x, low, BLOCK=256)
     assert low[0].isnan()
+
+
+def test_bf16_arithmetic() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(256, generator=generator).bfloat16() for _ in range(2))
+    z = torch.empty_like(x)
+    subtract[(1,)](x, y, z, BLOCK=256)
+    assert torch.equal(z, x - y)
+
+
+def test_casts_to_fp8_round_to_nearest_even() -> None:
+    """Every magnitude from the subnormal ones to the largest, ties and carries among them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, generator=generator) * torch.logspace(-4, 2, 256)
+    x[:6] = torch.tensor([1.0625, 1.1875, 0.97, 448.0, 460.0, 2.0**-10])
+    x = x.clamp(-448, 460)
+    codes = torch.empty(256, dtype=torch.float8_e4m3fn)
+    round_to[(1,)](x, codes, BLOCK=256)
+    assert torch.equal(codes.float(), x.to(torch.float8_e4m3fn).float())

@@ -20,3 +20,9 @@ def product(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr):
 def round_to(x_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def subtract(x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(z_ptr + i, tl.load(x_ptr + i) - tl.load(y_ptr + i))

@@ -45,18 +45,20 @@ def run_interpreted(file: str, *pytest_args: str) -> None:
 
 
 def repair_interpreter() -> None:
-    """Make bf16 right in Triton 3.9's interpreter, as GPUs compute it.
+    """Make bf16 and fp8 right in Triton 3.9's interpreter, as GPUs compute them.
 
-    `tl.dot` multiplies the raw 16-bit patterns there, and casts from fp32 cut bits off where the
-    hardware rounds to nearest even.
+    `tl.dot` and arithmetic work on the raw 16-bit patterns there, and casts from fp32 cut bits off
+    where the hardware rounds to nearest even. Casts to fp8 lose the carry into the exponent.
     """
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
     assert os.environ.get("TRITON_INTERPRET") == "1", "run this file through `run_interpreted`"
     builder, handle_of = interpreter.InterpreterBuilder, interpreter.TensorHandle
     original_dot, original_cast = builder.create_dot, builder.cast_impl
+    original_binary, original_fp8 = builder.binary_op, builder.create_fp_to_fp
 
     def widen(handle: Any) -> Any:
         if handle.dtype.scalar == tl.bfloat16:
@@ -75,13 +77,27 @@ def repair_interpreter() -> None:
             return handle_of(widen(src), tl.float32)
         if kinds != (tl.float32, tl.bfloat16):
             return original_cast(self, src, dst_type)
-        bits = np.ascontiguousarray(src.data).view(np.uint32)
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-        quiet_nan = (bits >> 16) | 0x40
-        out = np.where(np.isnan(src.data), quiet_nan, rounded).astype(np.uint16)
-        return handle_of(out.reshape(src.data.shape), tl.bfloat16)
+        return narrow(src.data)
 
-    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    def narrow(x: Any) -> Any:
+        bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        out = np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+        return handle_of(out.reshape(x.shape), tl.bfloat16)
+
+    def binary_op(self: Any, a: Any, b: Any, op: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16 or op not in (np.add, np.subtract, np.multiply):
+            return original_binary(self, a, b, op)
+        return narrow(op(widen(a), widen(b)))
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+            return original_fp8(self, src, dst_type, rounding_mode)
+        codes = torch.from_numpy(np.array(src.data)).to(torch.float8_e4m3fn)
+        return handle_of(codes.view(torch.uint8).numpy(), tl.float8e4nv)
+
+    builder.create_dot, builder.cast_impl, builder.binary_op = create_dot, cast_impl, binary_op
+    builder.create_fp_to_fp = create_fp_to_fp
 
 
 # Compiled offline

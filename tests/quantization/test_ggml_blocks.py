@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from l4cli.quantization import WeightFormat
 from l4cli.quantization.ggml_blocks import (
     KINDS,
     encode_rows,
     fits,
-    q4_0_from_codes,
+    holds_codes,
     row_bytes,
+    rows_from_codes,
 )
 
 LIBRARY = {"f32": "F32", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
@@ -64,15 +66,26 @@ def test_a_block_by_hand(kind: str) -> None:
     assert np.abs(values - row).max() > bound * 0.3
 
 
-def test_codes_are_kept() -> None:
-    rng = np.random.default_rng(2)
-    codes = rng.integers(-8, 8, (5, 64)).astype(np.int8)
-    scale = rng.standard_normal((5, 2)).astype(np.float16)
-    data = q4_0_from_codes(codes, scale)
+@pytest.mark.parametrize(("kind", "name", "top"), [("q4_0", "int4", 8), ("q8_0", "int8", 128)])
+@pytest.mark.parametrize("group_size", [32, 64, None])
+def test_codes_are_kept(kind: str, name: str, top: int, group_size: int | None) -> None:
     gguf = pytest.importorskip("gguf")
-    read = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_0)
-    wanted = codes.reshape(5, 2, 32) * scale.astype(np.float32)[:, :, None]
+    rng = np.random.default_rng(2)
+    codes = rng.integers(-top, top, (5, 64)).astype(np.int8)
+    scale = rng.standard_normal((5, 64 // (group_size or 64))).astype(np.float16)
+    assert holds_codes(kind, WeightFormat(name, group_size))
+    data = rows_from_codes(kind, codes, scale.astype(np.float32))
+    read = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[LIBRARY[kind]])
+    wanted = codes.reshape(5, scale.shape[1], -1) * scale.astype(np.float32)[:, :, None]
     assert np.array_equal(read, wanted.reshape(5, 64))
+
+
+def test_codes_that_blocks_cannot_hold() -> None:
+    assert not holds_codes("q4_0", WeightFormat("int4", 32, symmetric=False))
+    assert not holds_codes("q4_0", WeightFormat("int4", 16))
+    assert not holds_codes("q4_0", WeightFormat("int8", 32))
+    assert not holds_codes("q8_0", WeightFormat("fp8"))
+    assert not holds_codes("bf16", WeightFormat("int4", 32))
 
 
 def test_rows_that_no_block_divides() -> None:

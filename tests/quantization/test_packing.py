@@ -15,7 +15,7 @@ def random_codes(shape: tuple[int, int], bits: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", [(3, 64), (5, 8), (2, 40), (7, 9), (1, 1), (33, 4), (64, 1), (1, 64)])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 40), (7, 9), (1, 1), (33, 4), (64, 1), (1, 64)])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_words_are_those_of_compressed_tensors(bits: int, shape: tuple[int, int], dim: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")

@@ -1,0 +1,150 @@
+"""`l4 quantize` with text: calibration, a budget of bits, what was lost on held-out text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_chat import save_checkpoint
+
+from l4cli.checkpoint import open_weights, quantized_names, read_quantized
+from l4cli.cli import main
+
+README = Path(__file__).parents[2] / "README.md"
+TEXT = "It was the best of times, it was the worst of times. " * 40
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("source") / "model", intermediate_size=64)
+
+
+@pytest.fixture(scope="module")
+def stream(source: Path) -> Path:
+    """About two thousand tokens of the checkpoint's own tokenizer."""
+    return tokenized(source.parent, str(source))
+
+
+def tokenized(folder: Path, tokenizer: str) -> Path:
+    path, out = folder / "text.txt", folder / "text.tokens"
+    path.write_text(TEXT)
+    assert main(["tokenize", str(path), "--tokenizer", tokenizer, "-o", str(out), "--quiet"]) == 0
+    return out
+
+
+def events(capsys: pytest.CaptureFixture[str], *args: str | Path) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main(["quantize", *map(str, args), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str | Path, code: int = 1) -> str:
+    capsys.readouterr()
+    assert main(["quantize", *map(str, args)]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.splitlines()[-3:]
+    assert [line.partition(":")[0] for line in last] == ["error", "why", "fix"]
+    return err
+
+
+def formats_of(folder: Path) -> dict[str, str]:
+    stored = open_weights(folder)
+    return {name: str(read_quantized(stored, name).format) for name in quantized_names(stored)}
+
+
+def test_calibrated(
+    source: Path, stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--calibration", stream, "--calibration-tokens", "500", "--lm-head", "int8"]
+    held_out = ["--eval-data", stream, "--eval-tokens", "300"]
+    found = events(capsys, source, "-o", tmp_path / "q", "--method", "gptq", *words, *held_out)
+    assert [event["event"] for event in found] == ["layer"] * 6 + ["done"]
+    lost = found[-1]["quality"]
+    assert 0 < lost["kl_mean"] <= lost["kl_99"]
+    assert lost["num_tokens"] >= 290
+    assert 0.5 < lost["top1_agreement"] <= 1
+    assert 0.5 < lost["router_agreement"] <= 1
+    report = json.loads((tmp_path / "q/quantize.json").read_text())
+    assert report["method"] == "gptq"
+    assert report["calibration_tokens"] == 500
+    assert set(report["output_errors"]) == set(formats_of(tmp_path / "q"))
+    assert max(report["output_errors"].values()) < 0.05
+    assert len(report["coverage"]) == 2 * 4
+    assert all(each["num_tokens"] >= 128 for each in report["coverage"])
+
+
+def test_report_for_people(
+    source: Path, stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--calibration", str(stream), "--calibration-tokens", "300", "--quiet"]
+    words += ["--eval-data", str(stream), "--eval-tokens", "300", "-o", str(tmp_path / "q")]
+    assert main(["quantize", str(source), "--method", "gptq", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "calibration tokens of the experts"
+    assert lines[2].split()[:2] == ["1", "4"]
+    assert any(line.startswith("KL divergence, mean") for line in lines)
+    assert lines[-1].startswith("bits per weight: ")
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_budget(
+    source: Path,
+    stream: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    is_calibrated: bool,
+) -> None:
+    words = ["--calibration", stream, "--calibration-tokens", "300"] if is_calibrated else []
+    options = [*words, "--budget", "5.5", "--attention", "int8"]
+    found = events(capsys, source, "-o", tmp_path / "q", *options)
+    formats = formats_of(tmp_path / "q")
+    attention = {formats.pop(name) for name in list(formats) if "self_attn" in name}
+    assert attention == {"int8"}
+    assert len(set(formats.values())) > 1
+    stored = open_weights(tmp_path / "q")
+    codes = {name: read_quantized(stored, name) for name in formats}
+    bits = weights = 0.0
+    for each in codes.values():
+        bits += each.format.bits_per_weight(each.shape[1]) * each.codes.numel()
+        weights += each.codes.numel()
+    assert 5 < bits / weights <= 5.5
+    for layer in (1, 3):
+        assert (
+            len({f for name, f in formats.items() if f"{layer}.feed_forward.experts" in name}) == 1
+        )
+    assert found[-1]["num_quantized"] > weights
+
+
+def test_refusals(
+    source: Path, stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    q = ["-o", tmp_path / "q"]
+    gptq = ["--method", "gptq", "--calibration"]
+    assert "needs text" in refused(capsys, source, *q, "--method", "gptq", code=2)
+    assert "neither rounding" in refused(capsys, source, *q, "--calibration", stream, code=2)
+    assert "names no text" in refused(capsys, source, *q, "--calibration-tokens", "9", code=2)
+    assert "names no text" in refused(capsys, source, *q, "--eval-tokens", "9", code=2)
+    assert "writes nothing" in refused(capsys, source, "--dry-run", "--eval-data", stream, code=2)
+    asked = ["--calibration-tokens", "1M"]
+    assert "and 1000000 are asked for" in refused(capsys, source, *q, *gptq, stream, *asked)
+    assert "calibration-tokens many" in refused(
+        capsys, source, *q, *gptq, stream, "--calibration-tokens", "many", code=2
+    )
+    words = [str(README), "--vocab-size", "300", "--quiet"]
+    assert main(["train-tokenizer", *words, "-o", str(tmp_path / "tokenizer")]) == 0
+    other = tokenized(tmp_path, str(tmp_path / "tokenizer"))
+    asked = ["--calibration-tokens", "500"]
+    assert "another tokenizer" in refused(capsys, source, *q, *gptq, other, *asked)
+    assert "cannot measure on" in refused(capsys, source, *q, "--eval-data", other)
+    assert "no such file" in refused(capsys, source, *q, *gptq, tmp_path / "absent", *asked)
+    text = tmp_path / "text.txt"
+    assert "as a token stream" in refused(capsys, source, *q, *gptq, text, *asked)
+    assert "the least" in refused(capsys, source, *q, "--budget", "3").replace("it is", "the least")
+    assert "chooses the groups" in refused(
+        capsys, source, *q, "--budget", "5", "--group-size", "32", code=2
+    )
+    assert "nothing to quantize" in refused(capsys, source, *q, "--budget", "16")
+    assert not (tmp_path / "q").exists()
