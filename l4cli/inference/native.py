@@ -7,32 +7,32 @@ the cache as ever. Pictures are embedded by torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from ctypes import byref
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import src_kernels.cpu as kernels
+from l4cli.errors import L4Error
 from l4cli.inference.cache import Cache, CacheBatch
 from l4cli.inference.kept import Plain
 from l4cli.inference.kernel_file import KernelFile
 from l4cli.inference.layer_cache import LayerCache
 from l4cli.inference.native_past import Pasts, described, is_readable, pointers, runs_in_chunks
+from l4cli.inference.turns import Turns
 from l4cli.model import Llama4Config
-from l4cli.model.config import RopeOptions, TextConfig
 from l4cli.ops.batch import Batch
 from l4cli.ops.choice import is_reference_forced
 from l4cli.ops.moe import Routing
-from l4cli.ops.rope import attention_factor, inverse_frequencies, rotation
 from l4cli.ops.weight_only import KINDS, Layout
 from src_kernels.cpu import engine as native
 
 MOST_ROWS = 32  # sequences that take a token each in one call
 PREFILL_CHUNK = 512  # tokens read at once: enough for each expert, and little memory
-_TURNS = 1024  # positions whose rotations are made together
 
 
 def why_not() -> str | None:
@@ -48,32 +48,58 @@ class NativeModel:
 
     prefill_chunk = PREFILL_CHUNK
 
-    def __init__(self, weights: KernelFile, config: Llama4Config, vision: Any = None) -> None:
-        """`vision`: a torch model whose picture half has weights; the text half may be meta."""
+    def __init__(
+        self,
+        weights: KernelFile,
+        config: Llama4Config,
+        vision: Any = None,
+        *,
+        is_prefetched: bool = False,
+    ) -> None:
+        """`vision`: a torch model whose picture half has weights; the text half may be meta.
+
+        `is_prefetched`: weights may not be in memory, so experts are asked for when chosen.
+        """
         library = native.load()
         assert not isinstance(library, str), library
         self.library = library
-        self.weights, self.config, self.vision = weights, config, vision
+        self.config, self.vision, self.is_prefetched = config, vision, is_prefetched
         text = config.text
-        self.compute_dtype = _dtype(weights.metadata.get("compute_dtype", "bf16"))
+        self.compute_dtype = _dtype(weights.metadata["compute_dtype"])
         self.model_id: str = weights.metadata["model_id"]
+        self.is_exact = weights.metadata["is_exact"] == "1"
+        self.is_moe = [text.is_moe(i) for i in range(text.num_hidden_layers)]
+        self._use(weights)
+        self.coming: KernelFile | None = None
+        self.pasts = Pasts(text.num_key_value_heads, text.head_dim, self.compute_dtype)
+        self.turns = Turns(text)
+        self.scratch: dict[tuple[str, int, int], Tensor] = {}
+        self.device_probe = torch.empty(0)
+
+    def _use(self, weights: KernelFile) -> None:
+        """Point all structures at these weights."""
+        self.weights, text = weights, self.config.text
         shape = (text.vocab_size, text.hidden_size)
-        self.is_exact = weights.metadata.get("is_exact") == "1"
         kind = torch.float32 if self.is_exact else torch.int8
         self.table_VD = weights.array("embed", kind, shape[0] * shape[1]).view(shape)
         scale = weights.array("embed_scale", torch.float32, text.vocab_size)
         self.table_scale_V1 = scale.view(-1, 1)
         self.head = _weights(weights, "head")[0]
-        self.is_moe = [text.is_moe(i) for i in range(text.num_hidden_layers)]
         self.layers = (native.Layer * text.num_hidden_layers)()
         self.kept: list[Any] = []  # arrays that structures point to
         for i in range(text.num_hidden_layers):
             self._describe_layer(i)
         self.model = self._describe_model()
-        self.pasts = Pasts(text.num_key_value_heads, text.head_dim, self.compute_dtype)
-        self.turns = Turns(text)
-        self.scratch: dict[tuple[str, int, int], Tensor] = {}
-        self.device_probe = torch.empty(0)
+
+    def exchange_for(self, load: Callable[[], KernelFile]) -> None:
+        """Have the same weights loaded elsewhere in the background, and use those from then on."""
+
+        def run() -> None:
+            # What is in use goes on serving.
+            with contextlib.suppress(OSError, L4Error):
+                self.coming = load()
+
+        threading.Thread(target=run, daemon=True).start()
 
     # What `Engine` asks of a module.
 
@@ -129,6 +155,9 @@ class NativeModel:
         num_needed: int | None = None,
     ) -> Tensor:
         """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD fp32"""
+        if self.coming is not None:
+            self._use(self.coming)
+            self.coming = None
         h_BTD = self.embed(batch.input_ids, batch.pixel_values)
         rows = _rows_of(cache)
         num_rows, length, _ = h_BTD.shape
@@ -340,7 +369,7 @@ class NativeModel:
             text.intermediate_size,
             text.intermediate_size_mlp,
             text.rms_norm_eps,
-            0,
+            self.is_prefetched,
             self.layers,
             self.weights.place("norm"),
         )
@@ -353,45 +382,6 @@ class _Room(NamedTuple):
     k: Tensor
     v: Tensor
     out: Tensor
-
-
-@dataclass(frozen=True)
-class _Rope:
-    inverse: Tensor
-    length: float
-
-
-class Turns:
-    """Rotations by position: of local layers, and of full ones where they differ."""
-
-    def __init__(self, config: TextConfig) -> None:
-        layers = [i for i in range(config.num_hidden_layers) if config.uses_rope(i)]
-        kinds = [RopeOptions(config.rope_theta, config.rope_scaling, config.use_qk_norm)]
-        kinds += [r for r in map(config.rope_of, layers) if r != kinds[0]][:1]
-        self.ropes = []
-        for rope in kinds:
-            inverse = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
-            length = 1.0 if rope.use_qk_norm else attention_factor(rope.scaling)
-            self.ropes.append(_Rope(inverse, length))
-        self.tables: dict[int, list[Tensor]] = {}
-
-    def of(self, positions_BT: Tensor) -> list[Tensor]:
-        """shapes: -> complex64 [B, T, H / 2], one or two of them"""
-        return [rotation(positions_BT, rope.inverse, rope.length) for rope in self.ropes]
-
-    def at(self, position: int) -> tuple[list[Tensor], tuple[int, int]]:
-        """One position's, and their addresses. Tables are made for many positions at once."""
-        block, offset = divmod(position, _TURNS)
-        tables = self.tables.get(block)
-        if tables is None:
-            if len(self.tables) >= 2 * MOST_ROWS:
-                self.tables.clear()
-            first = block * _TURNS
-            tables = [t[0] for t in self.of(torch.arange(first, first + _TURNS)[None])]
-            self.tables[block] = tables
-        row_bytes = tables[0].shape[1] * 8
-        addresses = [table.data_ptr() + offset * row_bytes for table in tables]
-        return tables, (addresses[0], addresses[-1])
 
 
 def _weights(file: KernelFile, name: str) -> list[tuple[kernels.Weight, int]]:

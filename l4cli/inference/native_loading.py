@@ -113,12 +113,14 @@ def make_file(folder: Path, choose: Choose = keep) -> Path:
 
 
 def open_native(folder: Path, config: Llama4Config) -> NativeModel:
-    """Read the file beside a checkpoint, or map it where memory is short."""
+    """Map the file beside a checkpoint; where memory is plenty, huge pages take its place soon."""
     path = folder / KERNELS
-    is_mapped = path.stat().st_size > _MOST_MEMORY * available_memory("cpu")
-    model = NativeModel(open_file(path, is_mapped=is_mapped), config, _vision(folder, config))
+    is_large = path.stat().st_size > _MOST_MEMORY * available_memory("cpu")
+    weights = open_file(path, is_mapped=True)
     # Pages that are not in memory are asked for as soon as the router has spoken.
-    model.model.is_prefetched = is_mapped
+    model = NativeModel(weights, config, _vision(folder, config), is_prefetched=is_large)
+    if not is_large:
+        model.exchange_for(lambda: open_file(path))
     return model
 
 

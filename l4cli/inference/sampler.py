@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from l4cli.errors import UsageError
+from l4cli.inference.log_sums import log_sums
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Sampler:
     def choose(self, logits_V: Tensor) -> tuple[int, float]:
         """Draw a token; also its log-probability under the model itself, before any filter."""
         token = self.take(logits_V)
-        return token, float(logits_V[token] - logits_V.logsumexp(-1))
+        return token, float(logits_V[token] - log_sums(logits_V))
 
     def take(self, logits_V: Tensor) -> int:
         """Draw a token and count it among those seen."""
@@ -185,5 +186,5 @@ def choose_all(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[tuple[int
         for i, token in zip(rows, drawn, strict=True):
             tokens[i] = token
     chosen_B1 = torch.tensor(tokens, device=logits_BV.device)[:, None]
-    logprobs = logits_BV.gather(-1, chosen_B1)[:, 0] - logits_BV.logsumexp(-1)
+    logprobs = logits_BV.gather(-1, chosen_B1)[:, 0] - log_sums(logits_BV)
     return list(zip(tokens, logprobs.tolist(), strict=True))

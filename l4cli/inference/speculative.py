@@ -19,6 +19,7 @@ from torch import Tensor
 from l4cli.inference.cache import Cache
 from l4cli.inference.drafts import Draft, Drafter
 from l4cli.inference.generation import Row, read_whole
+from l4cli.inference.log_sums import log_sums
 from l4cli.inference.requests import Event, Request, RoutingRecord
 from l4cli.inference.sampler import Sampler
 from l4cli.model import Llama4Config, count_parameters
@@ -182,7 +183,7 @@ def verify(sampler: Sampler, logits_TV: Tensor, draft: Draft) -> tuple[list[int]
             break
     rows_TV = logits_TV[: len(tokens)]
     chosen_T1 = torch.tensor(tokens, device=logits_TV.device)[:, None]
-    logprobs = rows_TV.gather(-1, chosen_T1)[:, 0] - rows_TV.logsumexp(-1)
+    logprobs = rows_TV.gather(-1, chosen_T1)[:, 0] - log_sums(rows_TV)
     return tokens, logprobs.tolist()
 
 

@@ -554,3 +554,5 @@ void l4_final_norm(const L4Model *model, const float *h, int64_t num_tokens, flo
                               out + i * model->hidden);
   }
 }
+
+float l4_log_sum_exp(const float *x, int64_t n) { return vector_kernels().log_sum_exp(x, n); }

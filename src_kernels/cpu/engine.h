@@ -87,6 +87,7 @@ void l4_before_attention(const L4Model *model, int32_t layer, const L4Run *run);
 void l4_after_attention(const L4Model *model, int32_t layer, const L4Run *run);
 // The final norm: h [T, D] -> out [T, D].
 void l4_final_norm(const L4Model *model, const float *h, int64_t num_tokens, float *out);
+float l4_log_sum_exp(const float *x, int64_t n);
 // The name of the instructions that norms and attention use.
 const char *l4_vector_isa(void);
 }

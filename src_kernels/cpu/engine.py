@@ -156,6 +156,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "l4_after_attention": (None, [POINTER(Model), c_int32, POINTER(Run)]),
     "l4_attend_bytes": (c_int64, [POINTER(Model), c_int32]),
     "l4_attend": (None, [POINTER(Model), POINTER(Attend)]),
+    "l4_log_sum_exp": (c_float, [c_void_p, c_int64]),
     "l4_final_norm": (None, [POINTER(Model), c_void_p, c_int64, c_void_p]),
 }
 

@@ -42,6 +42,7 @@ struct VectorKernels {
   void (*scale)(const float *x, float by, int64_t n, float *out);
   void (*add)(float *x, const float *y, int64_t n);
   void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
+  float (*log_sum_exp)(const float *x, int64_t n);
   // Let n queries (scaled, [n, H]) see keys [first, last) of one head; `first` at a tile's start.
   // scratch: attend_scratch(n, head_dim) floats
   void (*attend)(const L4Part *part, int head, int head_dim, int64_t first, int64_t last,

@@ -144,6 +144,22 @@ static void to_bf16(const float *x, int64_t n, uint16_t *out) {
   for (; i < n; i++) out[i] = float_to_bf16(x[i]);
 }
 
+// ln of the sum of e^x; NaN if there is one.
+static float log_sum_exp(const float *x, int64_t n) {
+  float greatest = x[0];
+  vf top = all(x[0]);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) top = larger(load(x + i), top);
+  for (; i < n; i++) greatest = x[i] > greatest ? x[i] : greatest;
+  const float of_vectors = greatest_of(top);
+  greatest = of_vectors > greatest ? of_vectors : greatest;
+  vf sums = {};
+  for (i = 0; i + W <= n; i += W) sums += exp_of(load(x + i) - greatest);
+  float total = sum_of(sums);
+  for (; i < n; i++) total += __builtin_expf(x[i] - greatest);
+  return greatest + __builtin_logf(total);
+}
+
 // ---- attention -----------------------------------------------------------------------------------
 
 // W channels of one key or value, from channel c on; codes come as they are.
@@ -542,6 +558,7 @@ static void attend(const L4Part *part, int head, int head_dim, int64_t first, in
   run(part, head, head_dim, first, last, q, n, state, scratch);
 }
 
-const VectorKernels table = {L4_NAME, rms_norm, rotate, swiglu, dot, scale, add, to_bf16, attend};
+const VectorKernels table = {L4_NAME, rms_norm, rotate, swiglu, dot, scale, add, to_bf16, log_sum_exp,
+                             attend};
 
 #undef INLINE

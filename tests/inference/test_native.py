@@ -9,6 +9,7 @@ from tiny_llama4 import CHUNK, full_logits, random_ids, text_model, vision_model
 
 import src_kernels.cpu as kernels
 from l4cli.inference import Cache, CacheBatch, CacheOptions, Engine, Request, SamplingOptions
+from l4cli.inference.log_sums import log_sums
 from l4cli.inference.native import NativeModel, why_not
 from l4cli.inference.native_loading import native_from_model
 from l4cli.ops.batch import Batch
@@ -99,6 +100,16 @@ def test_every_instruction_set(head_dim):
     ids = random_ids(2 * CHUNK + 3)
     expected = full_logits(model, ids)
     torch.testing.assert_close(decoded(native, ids, 3), expected[2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("_each_instruction_set")
+@pytest.mark.parametrize("width", [1, 5, 16, 71, 1000])
+def test_log_sums(width):
+    logits = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 20
+    expected = logits.double().logsumexp(-1).float()
+    torch.testing.assert_close(log_sums(logits), expected, atol=1e-5, rtol=1e-6)
+    logits[1, width // 2] = torch.nan
+    assert log_sums(logits).isnan().tolist() == [False, True, False]
 
 
 def test_greedy_answers_and_threads():

@@ -24,16 +24,15 @@ from l4cli.checkpoint.headers import read_header
 from l4cli.checkpoint.manifest import KERNELS
 from l4cli.data.geometry import PictureGeometry
 from l4cli.errors import L4Error
-from l4cli.inference import Engine, Request, kernel_blobs, native_loading
+from l4cli.inference import Engine, Request, kernel_blobs
 from l4cli.inference.kernel_file import PAGE, is_current, open_file
-from l4cli.inference.native import why_not
+from l4cli.inference.native import NativeModel, why_not
 from l4cli.inference.native_loading import (
     find_native,
     make_file,
     native_from_model,
     open_native,
 )
-from l4cli.ops.choice import is_reference_forced
 from l4cli.quantization import RoundingQuantizer, WeightFormat
 
 INT4 = WeightFormat("int4", 32)
@@ -124,10 +123,10 @@ def test_the_file_is_safetensors_in_pages(tmp_path):
 
 
 def both_ways(folder: Path, config):
-    """Read into memory, and mapped."""
+    """Read into memory, and mapped with experts asked for when they are chosen."""
     for is_mapped in (False, True):
         weights = open_file(folder / KERNELS, is_mapped=is_mapped)
-        yield native_loading.NativeModel(weights, config)
+        yield NativeModel(weights, config, is_prefetched=is_mapped)
 
 
 def test_a_stale_file_is_made_anew(tmp_path):
@@ -197,18 +196,6 @@ def test_pictures_of_a_quantized_checkpoint(tmp_path):
     assert float((found - expected).abs().mean()) < 0.04
     shapes = [p.is_meta for n, p in native.vision.named_parameters() if "vision" not in n]
     assert all(shapes[1:])  # the text half has no weights in torch
-
-
-def test_torch_when_it_is_asked_for(tmp_path, monkeypatch):
-    folder = quantized(text_model(), tmp_path / "model")
-    monkeypatch.setenv("L4_OPS", "reference")
-    is_reference_forced.cache_clear()
-    try:
-        assert find_native(folder, load_config(folder)) == "forced by `L4_OPS=reference`"
-        assert not (folder / KERNELS).exists()
-    finally:
-        monkeypatch.undo()
-        is_reference_forced.cache_clear()
 
 
 def test_rounding_a_model_in_memory():
