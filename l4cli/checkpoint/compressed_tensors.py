@@ -140,7 +140,8 @@ def _require_format(folder: Path, weights: Mapping[str, Any]) -> None:
 
 def weights_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """What the config says of a module's weights: by exact name, by pattern, else of all."""
-    groups = [group for group in config.get("config_groups", {}).values() if group.get("weights")]
+    groups = [g for g in (config.get("config_groups") or {}).values() if isinstance(g, dict)]
+    groups = [group for group in groups if group.get("weights")]
     for is_meant in (lambda t: t == name, lambda t: t.startswith("re:") and matches(t, name)):
         for group in groups:
             if any(is_meant(target) for target in group.get("targets", [])):
@@ -159,7 +160,8 @@ def code_bits(config: Mapping[str, Any], name: str) -> int:
 def config_text(config: Mapping[str, Any]) -> str:
     """A config in a few words: `compressed-tensors int4 g32, fp8`."""
     method = str(config.get("quant_method", "unknown method"))
-    names = [_group_text(group) for group in (config.get("config_groups") or {}).values()]
+    groups = config.get("config_groups")
+    names = [_group_text(group) for group in groups.values()] if isinstance(groups, dict) else []
     return f"{method} {', '.join(name for name in names if name)}".strip()
 
 

@@ -113,13 +113,14 @@ def _format(
             raise _damaged(stored, why)
         return WeightFormat("fp8", block=(block[0], block[1]))
     is_symmetric = f"{name}.{_ZERO}" not in stored.tensors
-    if rows != num_outputs or num_inputs % columns or not (is_symmetric or kind == "int4"):
-        why = f"`{name}` {[num_outputs, num_inputs]} has {rows}x{columns} scales, no whole groups"
-        raise _damaged(stored, why if is_symmetric else f"`{name}` is {kind} with zero points")
-    group_size = num_inputs // columns if columns > 1 or kind == "int4" else None
-    # One group as wide as the row is no group, unless the config says so.
-    if columns == 1 and weights.get("strategy") != "group":
-        group_size = None
+    if not (is_symmetric or kind == "int4"):
+        raise _damaged(stored, f"`{name}` is {kind} with zero points")
+    size = weights.get("group_size") or -1
+    group_size = size if size > 0 else None
+    if rows != num_outputs or columns * (group_size or num_inputs) != num_inputs:
+        groups = f"groups of {group_size}" if group_size else "rows"
+        why = f"`{name}` {[num_outputs, num_inputs]} has {rows}x{columns} scales for its {groups}"
+        raise _damaged(stored, why)
     return WeightFormat(kind, group_size, is_symmetric)
 
 

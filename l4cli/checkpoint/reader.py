@@ -238,9 +238,9 @@ def _check(stored: StoredWeights, matching: Matching) -> None:
     what = f"cannot load checkpoint `{stored.folder}`"
     for key in plain_keys(stored) if stored.quantization else stored.tensors:
         entry = stored.tensors.get(key)
-        is_coded = bool(stored.quantization) and is_quantized(stored, module_of(key))
-        is_known = is_coded or entry is None or entry.dtype in DTYPES
-        if not is_known and not key.endswith(("inv_freq", "freqs_ci")):
+        if entry is None or entry.dtype in DTYPES or key.endswith(("inv_freq", "freqs_ci")):
+            continue
+        if not (stored.quantization and is_quantized(stored, module_of(key))):
             raise _unreadable(stored.folder, f"`{key}` is stored as {entry.dtype}")
     fix = "the weights and `config.json` belong to different models: fetch both from one place"
     if matching.missing:
