@@ -1,6 +1,6 @@
 #!/bin/sh
-# Asks a model about pictures and a video: one question, two pictures, frames, a pipe, JSON, boxes,
-# what is refused.
+# Asks a model about pictures and a video: one question, two pictures, frames, a pipe, JSON, guesses
+# ahead, boxes, what is refused.
 # Uses $L4_MODEL or the newest run here (`sh examples/quickstart.sh` makes a good one); with
 # neither it first trains one on a few drawings for a minute: it knows little else. Writes
 # runs/chat/, with one answer as JSON in summary.json.
@@ -69,6 +69,9 @@ echo '$ echo "What colour is the shape?" | l4 chat --json --image' $one
 echo "What colour is the shape?" | "$l4" chat --json --image $one > runs/chat/summary.json
 cat runs/chat/summary.json
 echo
+
+# The same answer, checked several words at a time where they were said before.
+show chat -p "What colour is the shape?" --image $one --lookup
 
 show chat -p "Give its box." --image $one --boxes runs/chat/boxes.png
 

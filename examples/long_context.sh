@@ -4,7 +4,7 @@
 # Three quarters of an hour; --quick: one seed, ten minutes. Writes runs/long_context/: results of
 # every test with its heat map, tables.md, easy.png, hard.png, summary.json.
 # usage: sh examples/long_context.sh [--quick] [--far 1m|10m]
-#   --far 1m also reads one million tokens, --far 10m ten million (minutes, up to 8 GB)
+#   --far 1m also reads one million tokens, --far 10m ten million (minutes, 3 GB)
 set -eu
 cd "$(dirname "$0")/.."
 work=runs/long_context
@@ -84,12 +84,13 @@ extend() { # NAME SEED SHARE_OF_THE_TOKENS [OPTIONS]
 }
 
 lengths=512,1k,...,64k
+haystack=$work/text/held-out
 # Easy needles (`single`: in text) and hard ones (`multi-key-full`: among needles), one table each.
 ask() { # NAME LENGTH_TRAINED RESULT [OPTIONS]
     name=$1 trained=$2 result=$3
     shift 3
     l4 needle-test "$work/$name/$trained/latest" --tasks single,multi-key-full --lengths "$lengths" \
-        --depths 11 --samples "$samples" --haystack "$work/text/held-out" --needle '#{key}={value};' \
+        --depths 11 --samples "$samples" --haystack "$haystack" --needle '#{key}={value};' \
         --question '#{key}=' --keys letters:3 --values digits:3 --quiet -o "$work/tests/$result" "$@"
 }
 temperature() { # STRENGTH
@@ -170,8 +171,16 @@ trap - EXIT
 if [ -n "$far" ]; then
     lengths=$far samples=1
     unset OMP_NUM_THREADS
-    job "ask-$far" ask irope-0 4k "irope-0-$far" --no-controls
-    say "read $far tokens"
+    # The held-out text over and over: it is a seventh of a million bytes long.
+    copies=8 haystack=$work/text/far
+    [ "$far" = 1m ] || copies=80
+    mkdir "$haystack"
+    for copy in $(seq "$copies"); do
+        cp -R "$work/text/held-out" "$haystack/$copy"
+    done
+    job "ask-$far" ask irope-0 4k far --no-controls
+    job "ask-$far-0.3" ask irope-0 4k far-temperature-0.3 --no-controls $(temperature 0.3)
+    say "extended irope, seed 0: read $far tokens twice"
 fi
 "$python" "$here/report.py" "$work"
 say "done; figures in $work/summary.json, tables in $work/tables.md, curves in $work/easy.png and hard.png"

@@ -47,6 +47,8 @@ COMMANDS = (
     Command("chat", "talk to a model, with pictures and videos", is_main=True),
     Command("needle-test", "how far a model can read, with controls and a heat map", is_main=True),
     Command("train-tokenizer", "learn a byte-level BPE vocabulary from text"),
+    Command("convert", "write a checkpoint as plain Hugging Face, or as GGUF for llama.cpp"),
+    Command("bench", "how fast a model reads, answers and trains here, beside other programs"),
     Command("info", "explain any preset, file or folder the suite reads or writes"),
 )
 _BY_NAME = {command.name: command for command in COMMANDS}

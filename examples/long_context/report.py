@@ -43,6 +43,10 @@ FIGURES = {
     "control_hard": ("control", HARD),
     "control_yarn_extended": ("control-yarn-extended", EASY),
     "control_yarn_hard_extended": ("control-yarn-extended", HARD),
+    "irope_extended_far": ("far", EASY),
+    "irope_extended_far_temperature": ("far-temperature-0.3", EASY),
+    "irope_hard_extended_far": ("far", HARD),
+    "irope_hard_extended_far_temperature": ("far-temperature-0.3", HARD),
 }
 CURVES = {
     "easy.png": {

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,18 +49,41 @@ def stored_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
     return tensor.numel() * stored_dtype(tensor, dtype).itemsize
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that comes in parts, which follow one another in memory, when it is written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[Tensor]]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(
     path: Path, tensors: Sequence[NamedTensor], dtype: torch.dtype | None = None
 ) -> str:
     """Write a file whole or not at all, converting each tensor as it goes; return its SHA-256."""
+    return write_streamed(path, [_at_hand(name, tensor, dtype) for name, tensor in tensors])
+
+
+def _at_hand(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Streamed:
+    return Streamed(name, stored_dtype(tensor, dtype), tuple(tensor.shape), lambda: (tensor,))
+
+
+def write_streamed(path: Path, tensors: Sequence[Streamed]) -> str:
+    """The same for tensors that are fetched one part at a time."""
     # Wide dtypes first, so that every tensor's place is a multiple of its item size.
-    ordered = sorted(tensors, key=lambda item: -stored_dtype(item[1], dtype).itemsize)
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name, tensor in ordered:
-        end = position + stored_bytes(tensor, dtype)
-        fields[name] = {
-            "dtype": DTYPE_NAMES[stored_dtype(tensor, dtype)],
+    for tensor in ordered:
+        end = position + tensor.size_bytes
+        fields[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }
@@ -69,12 +94,13 @@ def write_tensors(
     digest = hashlib.sha256(header)
     with replacing(path) as file:
         file.write(header)
-        for _, tensor in ordered:
-            data = bytes_of(tensor, stored_dtype(tensor, dtype))
-            for start in range(0, len(data), _WRITE_BYTES):
-                block = data[start : start + _WRITE_BYTES]
-                digest.update(block)
-                file.write(block)
+        for tensor in ordered:
+            for part in tensor.parts():
+                data = bytes_of(part, tensor.dtype)
+                for start in range(0, len(data), _WRITE_BYTES):
+                    block = data[start : start + _WRITE_BYTES]
+                    digest.update(block)
+                    file.write(block)
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ examples:
   l4 chat --video film.mp4 --fps 2 -p "What happens?"
   cat notes.txt | l4 chat -p "Summarise this." > summary.txt
   cat book.txt | l4 chat -p "Who is Ishmael?" --prompt-cache book.cache
+  l4 chat runs/big/latest --draft runs/small/latest
 """
 
 from __future__ import annotations
@@ -54,8 +55,17 @@ class ChatDtype(StrEnum):
     bf16 = "bf16"
 
 
+class Offloaded(StrEnum):
+    """What stays in host memory while a GPU computes."""
+
+    experts = "experts"
+
+
 SYSTEM_HELP = "what the model is told before the conversation"
 CACHE_HELP = "file that keeps what was read of a long prompt; made when it is not there"
+DRAFT_HELP = "small checkpoint with the same tokenizer that guesses ahead; answers stay as they are"
+OFFLOAD_HELP = "keep experts in host memory and copy those that are called to the GPU"
+OFFLOAD_MEMORY_HELP = "GiB on the GPU for experts  [default: half of what is free]"
 PENALTY_HELP = "above 1: what was said before becomes less likely"
 
 
@@ -99,6 +109,15 @@ def chat(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help=PENALTY_HELP)] = None,
     prompt_cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
+    draft: Annotated[Path | None, typer.Option(help=DRAFT_HELP)] = None,
+    lookup: Annotated[
+        bool, typer.Option("--lookup", help="guess ahead from what was said before")
+    ] = False,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="guesses a step  [default: as many as pay]")
+    ] = None,
+    offload: Annotated[Offloaded | None, typer.Option(help=OFFLOAD_HELP)] = None,
+    offload_memory: Annotated[float | None, typer.Option(min=0, help=OFFLOAD_MEMORY_HELP)] = None,
     seed: Seed = 0,
     dtype: Annotated[ChatDtype, typer.Option(help="precision; auto: as stored")] = ChatDtype.auto,
     device: DeviceOption = Device.auto,
@@ -134,18 +153,30 @@ def chat(
     opened_images = [(str(path), open_image(path)) for path in images]
     opened_videos = [(str(path), open_video(path, frames)) for path in videos]
     _check_sampling(flags)
+    _check_drafting(draft, lookup, draft_tokens)
+    room = _offload_bytes(offload, offload_memory)
 
-    from l4cli.commands import chat_model, repl
+    from l4cli.commands import chat_model, chat_speed, repl
     from l4cli.commands.boxes import show_boxes
     from l4cli.commands.conversation import Conversation
     from l4cli.commands.prompt_cache import PromptCache
     from l4cli.commands.shown import named_in_order
 
-    model = chat_model.load(checkpoint, device.value, dtype.value, is_raw=raw)
+    kept_away = None if offload is None else chat_model.Offload(room)
+    model = chat_model.load(checkpoint, device.value, dtype.value, is_raw=raw, offload=kept_away)
     sampling = model.sampling(flags, seed)
     kept = None if prompt_cache is None else PromptCache(prompt_cache, model.engine)
+    guesses = chat_speed.speculation(
+        model, draft, dtype.value, uses_lookup=lookup, num_tokens=draft_tokens
+    )
     conversation = Conversation(
-        model, sampling, system, max_new_tokens, is_raw=raw, prompt_cache=kept
+        model,
+        sampling,
+        system,
+        max_new_tokens,
+        is_raw=raw,
+        prompt_cache=kept,
+        speculation=guesses,
     )
     pictures, films = iter(opened_images), iter(opened_videos)
     for kind, _ in named_in_order(ctx.meta.get("l4.words", []), images, videos):
@@ -235,6 +266,28 @@ def _check_prompt_cache(path: Path, num_shown: int) -> None:
     else:
         return
     raise UsageError(what, why=why, fix=fix)
+
+
+def _check_drafting(draft: Path | None, lookup: bool, draft_tokens: int | None) -> None:
+    """Refuse two who guess, and a number of guesses where nobody does."""
+    if draft is not None and lookup:
+        why = "both guess what comes next"
+        raise UsageError(f"`--draft {draft}` and `--lookup` given", why=why, fix="give one of them")
+    if draft_tokens is not None and draft is None and not lookup:
+        why = "nobody guesses"
+        fix = "give `--draft CHECKPOINT` or `--lookup` as well"
+        raise UsageError(f"`--draft-tokens {draft_tokens}` given", why=why, fix=fix)
+
+
+def _offload_bytes(offload: Offloaded | None, memory_gib: float | None) -> int | None:
+    """Room for experts on the device; None: as it comes."""
+    if memory_gib is None:
+        return None
+    if offload is None:
+        why = "nothing is offloaded"
+        fix = "give `--offload experts` as well"
+        raise UsageError(f"`--offload-memory {memory_gib:g}` given", why=why, fix=fix)
+    return int(memory_gib * 2**30)
 
 
 def _check_sampling(flags: dict[str, float | int | None]) -> None:

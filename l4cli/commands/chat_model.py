@@ -19,7 +19,9 @@ from l4cli import terminal
 from l4cli.checkpoint import load_config, load_model, open_weights, resolve_checkpoint
 from l4cli.data.geometry import PictureGeometry, read_processor_files
 from l4cli.errors import L4Error
-from l4cli.inference import Engine, SamplingOptions, pack_weights
+from l4cli.inference import Engine, SamplingOptions, open_offloaded, pack_weights
+from l4cli.inference.native import NativeModel
+from l4cli.inference.native_loading import find_native, is_quantized_folder
 from l4cli.model import Llama4Config, count_parameters
 from l4cli.planning import available_memory
 from l4cli.text import Tokenizer, load_tokenizer
@@ -64,24 +66,66 @@ class ChatModel:
         return SamplingOptions(**values, seed=seed)
 
 
-def load(checkpoint: Path | None, device: str, dtype: str, *, is_raw: bool) -> ChatModel:
+def load(
+    checkpoint: Path | None,
+    device: str,
+    dtype: str,
+    *,
+    is_raw: bool,
+    offload: Offload | None = None,
+) -> ChatModel:
     """Load the model; what can be known from small files is checked before the weights."""
     place = torch_device(device)
     folder = find(checkpoint)
     config = load_config(folder)
     tokenizer = load_tokenizer(folder)
-    _require_vocabulary(folder, tokenizer, config)
+    require_vocabulary(folder, tokenizer, config)
     if not is_raw:
         _require_chat_format(folder, tokenizer)
     geometry = geometry_of(folder, tokenizer, config)
     generation = _generation(folder, config)
-    _require_memory(folder, dtype, place)
-    model = load_model(folder, device=place, dtype=DTYPES[dtype])
-    reason = pack_weights(model)
-    if reason is not None and place.type == "cpu":
-        terminal.say(f"decoding from plain weights: {reason}")
+    if offload is not None and place.type == "cpu":
+        terminal.say("`--offload experts` changes nothing on a CPU: experts are in host memory")
+        offload = None
+    model: Any = native_model(folder, config, place, dtype)
+    if model is None:
+        if offload is None:
+            require_memory(folder, dtype, place)
+            model = load_model(folder, device=place, dtype=DTYPES[dtype])
+        else:
+            _require_offload_memory(folder, config, dtype, place)
+            model = open_offloaded(folder, place, DTYPES[dtype], offload.memory_bytes)
+        reason = pack_weights(model)
+        if reason is not None and place.type == "cpu":
+            terminal.say(f"decoding from plain weights: {reason}")
     engine = Engine(model, num_token_ids=tokenizer.vocab_size)
     return ChatModel(folder, tokenizer, engine, geometry, generation)
+
+
+def native_model(
+    folder: Path, config: Llama4Config, device: torch.device, dtype: str
+) -> NativeModel | None:
+    """The checkpoint in C++ where it can be, and `dtype` leaves the choice; says which runs."""
+    if device.type != "cpu" or dtype != "auto":
+        return None
+
+    def on_making() -> None:
+        terminal.say(f"laying out the weights of `{folder}` for this processor, once")
+
+    found = find_native(folder, config, on_making)
+    if isinstance(found, str):
+        if is_quantized_folder(folder):
+            terminal.say(f"quantized weights run in torch: {found}")
+        return None
+    terminal.say(f"quantized weights run in C++ ({found.instructions})")
+    return found
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Experts stay on the host; so much memory of the device holds some of them."""
+
+    memory_bytes: int | None = None  # None: half of what is free
 
 
 @contextmanager
@@ -162,7 +206,8 @@ def _require_chat_format(folder: Path, tokenizer: Tokenizer) -> None:
     raise L4Error(f"cannot chat with `{folder}`", why=why, fix=fix)
 
 
-def _require_vocabulary(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> None:
+def require_vocabulary(folder: Path, tokenizer: Tokenizer, config: Llama4Config) -> None:
+    """raises: L4Error where the tokenizer has more ids than the model"""
     if tokenizer.vocab_size > config.text.vocab_size:
         why = f"{tokenizer.vocab_size} tokens, and the model knows {config.text.vocab_size}"
         fix = "put the tokenizer it was trained with into the folder"
@@ -220,7 +265,8 @@ def _generation(folder: Path, config: Llama4Config) -> dict[str, Any]:
     return found
 
 
-def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
+def require_memory(folder: Path, dtype: str, device: torch.device) -> None:
+    """raises: L4Error where the weights are larger than what is free"""
     stored = open_weights(folder)
     # Codes become the values they stand for.
     per_value = {"fp32": 4, "bf16": 2}.get(dtype, 2 if stored.quantization else None)
@@ -231,6 +277,25 @@ def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
         why = f"its weights take {text(needed)}, and {text(available)} of memory are free"
         fix = "use a smaller checkpoint, or `--dtype bf16`"
         raise L4Error(f"cannot load `{folder}`", why=why, fix=fix)
+
+
+def _require_offload_memory(
+    folder: Path, config: Llama4Config, dtype: str, device: torch.device
+) -> None:
+    """raises: L4Error where the experts do not fit the host, or all else the device"""
+    stored, counts = open_weights(folder), count_parameters(config)
+    per_value = {"fp32": 4, "bf16": 2}.get(dtype, stored.size_bytes / stored.num_parameters)
+    experts = counts.by_group["routed experts"]
+    text = terminal.bytes_text
+    for what, count, place in (
+        ("experts", experts, "cpu"),
+        ("weights without experts", counts.total - experts, str(device)),
+    ):
+        available = available_memory(place)
+        if count * per_value > available:
+            why = f"its {what} take {text(count * per_value)}, and {text(available)} are free"
+            fix = "use a smaller checkpoint, or `--dtype bf16`"
+            raise L4Error(f"cannot load `{folder}`", why=f"{why} ({place})", fix=fix)
 
 
 def _as_list(ids: Any) -> list[int]:

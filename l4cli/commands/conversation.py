@@ -23,7 +23,7 @@ from l4cli.data.media import grid_of
 from l4cli.data.tiles import Tiles
 from l4cli.data.video import Film
 from l4cli.errors import L4Error
-from l4cli.inference import PREFILL_CHUNK, Cache, Request, SamplingOptions
+from l4cli.inference import PREFILL_CHUNK, Cache, Request, SamplingOptions, Speculation
 from l4cli.text import Tokenizer, image_block, render_chat
 
 DEFAULT_NEW_TOKENS = 512
@@ -41,6 +41,14 @@ class Answer:
     finish: str = "stopped"  # or "stop", "length", "context"
     prefill_time_s: float = 0.0
     decode_time_s: float = 0.0
+    num_steps: int = 0  # with a `Speculation`: passes of the model after the first token
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def accepted_per_step(self) -> float:
+        """Guessed tokens that stood in each pass."""
+        return self.num_accepted_tokens / max(self.num_steps, 1)
 
     @property
     def prefill_tok_per_sec(self) -> float:
@@ -69,8 +77,9 @@ class Conversation:
         *,
         is_raw: bool = False,
         prompt_cache: PromptCache | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        self.prompt_cache = prompt_cache
+        self.prompt_cache, self.speculation = prompt_cache, speculation
         self.model, self.engine, self.tokenizer = model, model.engine, model.tokenizer
         self.sampling, self.system, self.is_raw = sampling, system, is_raw
         self.max_new_tokens = max_new_tokens
@@ -163,6 +172,8 @@ class Conversation:
         start = time.perf_counter()
         try:
             self._read(should_stop, on_progress)
+            if self.speculation is not None and self.cache is not None:
+                self.speculation.drafter.follow(self.cache.tokens.tensor())
         except Stopped:
             self._end_turn([])
             return
@@ -190,9 +201,10 @@ class Conversation:
         """Generate; whatever ends it, the history ends with what was said."""
         stream = TextStream(self.tokenizer)
         unread: list[int] = []  # the newest token: generated, not read back yet
+        speculation = None if self.speculation is None else self.speculation.anew()
         start = time.perf_counter()
         try:
-            for event in self.engine.generate([request]):
+            for event in self.engine.generate([request], speculation=speculation):
                 answer.decode_time_s = time.perf_counter() - start
                 unread = [] if event.finish == "stop" else [event.token]
                 if event.finish == "stop":
@@ -212,6 +224,10 @@ class Conversation:
             if rest:
                 yield rest
         finally:
+            if speculation is not None:
+                answer.num_steps = speculation.num_steps
+                answer.num_draft_tokens = speculation.num_drafted
+                answer.num_accepted_tokens = speculation.num_accepted
             self._end_turn(unread)
 
     def _turn_ids(self, question: str) -> list[int]:

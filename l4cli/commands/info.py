@@ -77,12 +77,21 @@ def info(
 
 
 def _show_ops() -> None:
+    from dataclasses import asdict
+
     from l4cli.ops import describe
 
-    rows = describe()
-    names = ("op", "version", "reason")
-    terminal.emit({"kind": "ops", "ops": [dict(zip(names, row, strict=True)) for row in rows]})
-    terminal.table("", names, rows)
+    choices = describe()
+    terminal.emit({"kind": "ops", "ops": [asdict(choice) for choice in choices]})
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for c in choices:
+        rows.setdefault((c.op, c.version, c.does, c.reason), []).append(c.dtype)
+    names = ("op", "on", "version", "what it does", "why not a faster one")
+    cells = [
+        (op, f"{choices[0].device} {', '.join(dtypes)}", *rest)
+        for (op, *rest), dtypes in rows.items()
+    ]
+    terminal.table("", names, cells)
 
 
 # What a target is

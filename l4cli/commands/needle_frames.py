@@ -109,6 +109,7 @@ def check(request: Request) -> None:
     axis_of(request)
     others = {
         "--haystack": request.haystack,
+        "--qa": request.qa,
         "--needle": request.needle,
         "--keys": request.keys,
         "--values": request.values,

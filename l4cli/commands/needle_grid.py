@@ -46,7 +46,7 @@ class SampleMaker:
         self.fmt = needle_format(request.needle, request.question, request.keys, request.values)
         self.haystack = haystack_of(request.haystack)
         self._made: dict[str, Sample] = {}
-        self.documents = tuple(request.haystack or ())
+        self.documents = tuple(request.qa or ())
 
     def __call__(self, job: Job) -> Sample:
         """The sample; one that was made to look at it is not made again."""

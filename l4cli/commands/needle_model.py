@@ -22,7 +22,7 @@ from l4cli.checkpoint import (
     require_weights_fit,
     resolve_checkpoint,
 )
-from l4cli.commands.chat_model import DTYPES, has_chat_template
+from l4cli.commands.chat_model import DTYPES, has_chat_template, native_model
 from l4cli.commands.needle_options import Request
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.cells import length_text
@@ -190,7 +190,12 @@ class TestedModel:
     def load(self, *, is_streamed: bool = False) -> Engine:
         """Load the weights, or all but the layers; the engine takes texts of any length."""
         dtype = DTYPES[self.dtype]
-        if is_streamed:
+        model: Any = None
+        if not self.layer_major:
+            model = native_model(self.folder, self.config, self.device, self.dtype)
+        if model is not None:
+            pass
+        elif is_streamed:
             model = open_streamed(self.folder, self.device, dtype, self.config)
         else:
             model = load_model(self.folder, device=self.device, dtype=dtype, config=self.config)

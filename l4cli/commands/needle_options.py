@@ -57,6 +57,7 @@ class Request:
     hours: str | None
     fps: float
     haystack: list[str] | None
+    qa: list[str] | None
     needle: str | None
     question: str | None
     keys: str | None
@@ -129,6 +130,9 @@ class Request:
             if self.fps != DEFAULT_FPS:
                 why, fix = "it is a rate of films", "add `--tasks video`, or leave it out"
                 raise UsageError(f"`--fps {self.fps:g}` given", why=why, fix=fix)
+            if self.qa and not {"qa", "qa-hops"} & set(self.task_list):
+                why, fix = "no task asks about its rows", "add `--tasks qa` or `qa-hops`"
+                raise UsageError(f"`--qa {self.qa[0]}` given", why=why, fix=fix)
         self.depth_list  # noqa: B018
         for name, value in (("preset", self.preset), ("gpus", self.gpus)):
             if value is not None and not self.dry_run:
@@ -189,6 +193,8 @@ class Request:
             "set": self.set_,
             "haystack": self.haystack,
             "haystack_digest": haystack_digest(self.haystack or []),
+            "qa": self.qa,
+            "qa_digest": haystack_digest(self.qa or []),
             "needle": self.needle,
             "question": self.question,
             "keys": self.keys,

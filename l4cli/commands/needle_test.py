@@ -68,6 +68,14 @@ def needle_test(
     ] = None,
     fps: Fps = DEFAULT_FPS,
     haystack: HaystackOption = None,
+    qa: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="with `--tasks qa,qa-hops`: JSONL rows of `question`, `answers` and `context`, a "
+            "list of paragraphs  [default: invented]",
+        ),
+    ] = None,
     needle: NeedleOption = None,
     question: QuestionOption = None,
     keys: KeysOption = None,

@@ -136,7 +136,7 @@ def _speak(
     for piece in conversation.ask(question, answer, should_stop, _progress):
         terminal.stream(piece)
     terminal.stream("\n")
-    terminal.emit(_event(answer))
+    terminal.emit(_event(answer, guesses=conversation.speculation is not None))
     if answer.finish == "length":
         terminal.say(f"(cut at {answer.num_answer_tokens} tokens: `--max-new-tokens` allows more)")
     elif answer.finish == "context":
@@ -144,9 +144,15 @@ def _speak(
         terminal.warn(f"the answer was cut: the context of {limit} tokens is full")
     elif answer.finish == "stopped":
         terminal.say("(stopped)")
+    guesses = ""
+    if conversation.speculation is not None:
+        guesses = (
+            f", {answer.num_accepted_tokens} of {answer.num_draft_tokens} guesses accepted, "
+            f"{answer.accepted_per_step:.2f} a step"
+        )
     terminal.say(
         f"({answer.num_prompt_tokens} tokens read at {answer.prefill_tok_per_sec:.0f} tok/s, "
-        f"{answer.num_answer_tokens} written at {answer.decode_tok_per_sec:.1f} tok/s)"
+        f"{answer.num_answer_tokens} written at {answer.decode_tok_per_sec:.1f} tok/s{guesses})"
     )
 
 
@@ -155,14 +161,19 @@ def _progress(num_read: int, total: int) -> None:
         terminal.say(f"read {num_read} of {total} tokens")
 
 
-def _event(answer: Answer) -> dict[str, Any]:
-    return {
+def _event(answer: Answer, *, guesses: bool) -> dict[str, Any]:
+    event: dict[str, Any] = {
         "answer": answer.text,
         "num_prompt_tokens": answer.num_prompt_tokens,
         "num_answer_tokens": answer.num_answer_tokens,
         "prefill_tok_per_sec": round(answer.prefill_tok_per_sec, 2),
         "decode_tok_per_sec": round(answer.decode_tok_per_sec, 2),
     }
+    if guesses:
+        names = ("num_steps", "num_draft_tokens", "num_accepted_tokens")
+        event |= {name: getattr(answer, name) for name in names}
+        event["accepted_per_step"] = round(answer.accepted_per_step, 3)
+    return event
 
 
 @contextmanager

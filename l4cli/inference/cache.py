@@ -38,6 +38,10 @@ class TokenIds(Sequence[int]):
         """Take ids in. shapes: [T] int64 on the CPU"""
         self.ids.frombytes(ids_T.to(torch.uint32).contiguous().numpy().tobytes())
 
+    def drop(self, num_tokens: int) -> None:
+        """Forget the last ids."""
+        del self.ids[len(self.ids) - num_tokens :]
+
     def tensor(self) -> Tensor:
         """The ids as int64 [T]; a copy."""
         if not self.ids:
@@ -110,6 +114,20 @@ class Cache:
             fork.model_id = self.model_id
             forks.append(fork)
         return forks
+
+    @property
+    def undoable(self) -> int:
+        """How many more tokens can be read and then taken back, all or some; 0 at borders."""
+        return min(layer.undoable for layer in self.layers)
+
+    def take_back(self, num_tokens: int) -> None:
+        """Forget the newest tokens, read since as many were `undoable`."""
+        if num_tokens == 0:
+            return
+        for layer in self.layers:
+            layer.take_back(num_tokens)
+        self.tokens.drop(num_tokens)
+        self.logits_V = None
 
     @property
     def recall(self) -> dict[int, Recall]:

@@ -7,90 +7,30 @@ source: DESIGN section 5; rows of unequal length decode together as in Orca (OSD
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.errors import L4Error
-from l4cli.inference.cache import Cache, CacheBatch
+from l4cli.inference.cache import Cache
+from l4cli.inference.generation import Generation
 from l4cli.inference.kept import CacheOptions
 from l4cli.inference.layer_major import Progress, hidden_states, read_layer_major
+from l4cli.inference.native import NativeModel
+from l4cli.inference.native_loading import weights_id
 from l4cli.inference.pieces import as_ids, check_ids, groups_of, prefill_pieces
 from l4cli.inference.questions import Questions
-from l4cli.inference.sampler import Sampler, SamplingOptions
+from l4cli.inference.requests import Event, Request, RoutingRecord
+from l4cli.inference.speculative import Speculation, speculate
 from l4cli.model import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration
 from l4cli.ops.batch import Batch
 
 PREFILL_CHUNK = 2048  # tokens read at once: enough rows for each expert, little memory
-FINGERPRINT_ELEMENTS = 4096  # of each tensor that tells models apart
 LOGIT_ELEMENTS = 2**22  # logits held at once when scoring: 16 MiB
-
-Finish = Literal["stop", "length", "context"]
-
-
-@dataclass
-class Request:
-    """What to continue. A given cache is used up: fork it to keep it."""
-
-    tokens: Any  # ids of the prompt; with a cache, what comes after it (may then be empty)
-    pixel_values: Tensor | None = None  # [tiles, 3, S, S], for the placeholders in `tokens`
-    max_new_tokens: int = 256
-    stop_ids: Sequence[int] = ()
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    cache: Cache | None = None
-    wants_experts: bool = False
-
-
-@dataclass(frozen=True)
-class Event:
-    """One new token of one request; a stop token is reported as well."""
-
-    request: int  # index in the list given to `generate`
-    token: int
-    logprob: float  # under the model itself, before penalty, temperature and filters
-    finish: Finish | None = None  # why this was the request's last token
-    experts: Tensor | None = None  # [positions read since the last event, MoE layers, A]
-
-
-class RoutingRecord:
-    """Notes which experts were chosen; steers nothing."""
-
-    def __init__(self) -> None:
-        self.chosen: dict[int, list[Tensor]] = {}
-
-    def bias(self, layer_idx: int) -> Tensor | None:
-        """No bias: what is asked here is the model as it is."""
-        return None
-
-    def record(self, layer_idx: int, logits_BTE: Tensor, expert_BTA: Tensor) -> None:
-        """Note one layer's choices."""
-        self.chosen.setdefault(layer_idx, []).append(expert_BTA)
-
-    def take(self) -> Tensor:
-        """Hand over what was noted since the last call. shapes: -> [B, T, MoE layers, A]"""
-        layers = [torch.cat(parts, 1) for _, parts in sorted(self.chosen.items())]
-        self.chosen = {}
-        return torch.stack(layers, 2) if layers else torch.empty(1, 0, 0, 0, dtype=torch.int64)
-
-
-@dataclass
-class _Row:
-    """A request on its way."""
-
-    index: int
-    request: Request
-    cache: Cache
-    sampler: Sampler
-    experts: Tensor | None
-    num_new_tokens: int = 0
-    token: int = -1  # the newest, not read yet
 
 
 class Engine:
@@ -98,7 +38,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Llama4ForCausalLM | Llama4ForConditionalGeneration,
+        model: Llama4ForCausalLM | Llama4ForConditionalGeneration | NativeModel,
         *,
         num_token_ids: int | None = None,
         max_context: int | None = None,
@@ -111,20 +51,14 @@ class Engine:
         self.device = next(model.parameters()).device
         self.never = _never_chosen(self.config, num_token_ids).to(self.device)
         self.cache_options = cache_options or CacheOptions()
-        self.prefill_chunk = PREFILL_CHUNK
+        self.prefill_chunk: int = getattr(model, "prefill_chunk", PREFILL_CHUNK)
 
     @functools.cached_property
     def model_id(self) -> str:
         """Tells these weights from others of the same shape, whatever precision they are in."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.named_parameters()):
-            if weight.is_meta:
-                continue
-            if weight.ndim == 1 or name.endswith("embed_tokens.weight"):
-                flat = weight.detach().flatten()
-                few = flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]
-                digest.update(few.cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        if isinstance(self.model, NativeModel):
+            return self.model.model_id
+        return weights_id(self.model)
 
     def new_cache(self) -> Cache:
         """Nothing read yet."""
@@ -171,7 +105,7 @@ class Engine:
         cache = cache or self.new_cache()
         ids = as_ids(tokens)
         needs = 1 if routing is None else None  # whose choices are noted goes through all layers
-        for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, routing, needs):
+        for rows, hidden_TD in self.read(ids, pixel_values, cache, chunk_size, routing, needs):
             if rows.stop == len(ids):
                 cache.logits_V = self.model.lm_head(hidden_TD[-1]).float()
             if on_progress is not None:
@@ -196,7 +130,7 @@ class Engine:
         if cache is not None and cache.logits_V is not None:
             parts.append(cache.logits_V.log_softmax(-1)[ids[:1].to(self.device)])
         cache = cache or self.new_cache()
-        for rows, hidden_TD in self._read(ids, pixel_values, cache, chunk_size, None, None):
+        for rows, hidden_TD in self.read(ids, pixel_values, cache, chunk_size, None, None):
             next_ids = ids[rows.start + 1 : rows.stop + 1].to(self.device)
             if len(next_ids):
                 parts.append(self._judged(hidden_TD[: len(next_ids)], next_ids)[0])
@@ -305,72 +239,27 @@ class Engine:
             for (a, b), (c, d) in zip(first, rest, strict=True)
         ]
 
-    def generate(self, requests: Sequence[Request], max_batch_size: int = 16) -> Iterator[Event]:
-        """Continue every request, up to `max_batch_size` side by side; their events interleave."""
+    def generate(
+        self,
+        requests: Sequence[Request],
+        max_batch_size: int = 16,
+        speculation: Speculation | None = None,
+    ) -> Iterator[Event]:
+        """Continue every request, up to `max_batch_size` side by side; their events interleave.
+
+        With a `speculation` they are continued one after the other.
+        """
         for request in requests:
             num_read = 0 if request.cache is None else request.cache.num_tokens
             self.check_context(num_read + len(request.tokens) + 1)
-        waiting = deque(enumerate(requests))
-        active: list[_Row] = []
-        while waiting or active:
-            while waiting and len(active) < max_batch_size:
-                index, request = waiting.popleft()
-                if request.max_new_tokens > 0:
-                    active.append(self._start(index, request))
-            unfinished = []
-            for row in active:
-                event = self._choose(row)
-                yield event
-                if event.finish is None:
-                    unfinished.append(row)
-            active = unfinished
-            if active:
-                self._step(active)
+        if speculation is None:
+            yield from Generation(self, requests, max_batch_size).events()
+            return
+        for index, request in enumerate(requests):
+            if request.max_new_tokens > 0:
+                yield from speculate(self, index, request, speculation)
 
-    def _start(self, index: int, request: Request) -> _Row:
-        """Read a request's prompt."""
-        cache = request.cache or self.new_cache()
-        record = RoutingRecord() if request.wants_experts else None
-        if len(request.tokens):
-            self.prefill(request.tokens, request.pixel_values, cache=cache, routing=record)
-        assert cache.logits_V is not None, "give tokens, or a cache that has read some"
-        sampler = Sampler(request.sampling, cache.tokens, self.never, cache.logits_V)
-        experts = None if record is None else record.take()[0]
-        return _Row(index, request, cache, sampler, experts)
-
-    @torch.inference_mode()
-    def _choose(self, row: _Row) -> Event:
-        """Draw a row's next token and say whether it is the last."""
-        assert row.cache.logits_V is not None
-        row.token, logprob = row.sampler.choose(row.cache.logits_V)
-        row.num_new_tokens += 1
-        finish: Finish | None = None
-        if row.token in row.request.stop_ids:
-            finish = "stop"
-        elif row.cache.num_tokens + 1 >= self.max_context:
-            finish = "context"
-        elif row.num_new_tokens >= row.request.max_new_tokens:
-            finish = "length"
-        return Event(row.index, row.token, logprob, finish, row.experts)
-
-    @torch.inference_mode()
-    def _step(self, rows: list[_Row]) -> None:
-        """Read the newest token of every row in one forward pass."""
-        record = RoutingRecord() if any(row.request.wants_experts for row in rows) else None
-        ids_B1 = torch.tensor([[row.token] for row in rows], device=self.device)
-        positions_B1 = torch.tensor([[row.cache.num_tokens] for row in rows], device=self.device)
-        cache = rows[0].cache if len(rows) == 1 else CacheBatch(row.cache for row in rows)
-        batch = Batch.continuing(ids_B1, positions_B1)
-        hidden_BD = self.model.hidden(batch, cache=cache, routing=record)[:, -1]
-        logits_BV = self.model.lm_head(hidden_BD).float()
-        experts_BTLA = None if record is None else record.take()
-        for i, row in enumerate(rows):
-            row.cache.tokens.append(row.token)
-            row.cache.logits_V = logits_BV[i]
-            if experts_BTLA is not None and row.request.wants_experts:
-                row.experts = experts_BTLA[i]
-
-    def _read(
+    def read(
         self,
         ids_T: Tensor,
         pixel_values: Tensor | None,

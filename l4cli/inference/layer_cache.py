@@ -54,6 +54,10 @@ class LayerCache:
 
         shapes: -> out as q
         """
+        # As they are kept from the start: what a token sees must not depend on who it came with.
+        kept = self.options.float_dtype(k_TKH.dtype)
+        if kept != k_TKH.dtype:
+            k_TKH, v_TKH = (x.to(kept).to(x.dtype) for x in (k_TKH, v_TKH))
         first = len(k_TKH) - len(q_TNH)
         if first:
             self.store(k_TKH[:first], v_TKH[:first])
@@ -174,19 +178,33 @@ class LayerCache:
 
     def _fill(self, k_TKH: Tensor, v_TKH: Tensor) -> None:
         end = self.tail_length + len(k_TKH)
+        for kept, new_TKH in zip(self.grow_tail(end, k_TKH), (k_TKH, v_TKH), strict=True):
+            kept[:, self.tail_length : end] = new_TKH.transpose(0, 1)
+        self.tail_length = end
+
+    def grow_tail(self, end: int, like_TKH: Tensor) -> Plain:
+        """The tail, made or grown to hold `end` tokens of this shape and dtype."""
         if self.tail is None:
-            capacity = self._capacity(end)
-            _, num_heads, head_dim = k_TKH.shape
-            dtype = self.options.float_dtype(k_TKH.dtype)
-            shape = (num_heads, capacity, head_dim)
-            self.tail = (k_TKH.new_empty(shape, dtype=dtype), k_TKH.new_empty(shape, dtype=dtype))
+            _, num_heads, head_dim = like_TKH.shape
+            dtype = self.options.float_dtype(like_TKH.dtype)
+            shape = (num_heads, self._capacity(end), head_dim)
+            keys, values = (like_TKH.new_empty(shape, dtype=dtype) for _ in range(2))
+            self.tail = (keys, values)
         elif end > self.tail[0].shape[1]:
             capacity = self._capacity(end)
             keys, values = (grown(kept, self.tail_length, capacity) for kept in self.tail)
             self.tail = (keys, values)
-        for kept, new_TKH in zip(self.tail, (k_TKH, v_TKH), strict=True):
-            kept[:, self.tail_length : end] = new_TKH.transpose(0, 1)
-        self.tail_length = end
+        return self.tail
+
+    def take_one(self) -> None:
+        """Count a token that was written behind the tail from outside; `grow_tail` made place."""
+        self.tail_length += 1
+        if self.chunk_size is not None:
+            self._advance(1)
+            return
+        self.num_tokens += 1
+        if self.tail_length == BLOCK or self.options.bits is not None:
+            self._settle()
 
     def _capacity(self, needed: int) -> int:
         """Half as much room again, up to a block: never room for the longest possible context."""
@@ -244,6 +262,23 @@ class LayerCache:
             self.sealed = tuple(first_tokens(self.parts(), num_tokens))
             self.packed, self.tail, self.tail_length = None, None, 0
         self.num_tokens = num_tokens
+
+    @property
+    def undoable(self) -> int:
+        """How many more tokens can be taken back again, whatever their number.
+
+        Beyond them something is emptied, sealed or quantized, and that is not undone.
+        """
+        if self.chunk_size is not None:
+            return self.chunk_size - self.num_tokens % self.chunk_size - 1
+        full = BLOCK if self.options.bits is None else NEWEST + KEY_GROUP
+        return max(0, full - self.tail_length - 1)
+
+    def take_back(self, num_tokens: int) -> None:
+        """Forget the newest tokens, read since as many were `undoable`."""
+        assert 0 <= num_tokens <= self.tail_length
+        self.tail_length -= num_tokens
+        self.num_tokens -= num_tokens
 
     def share(self) -> LayerCache:
         """A second cache with the same past; from here on both append to tails of their own."""

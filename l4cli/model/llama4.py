@@ -105,14 +105,14 @@ class Llama4ForConditionalGeneration(nn.Module):
         h_BTD = _embed(self.language_model.model, input_ids, self.compute_dtype)
         if pixel_values is None:
             return h_BTD
-        return self._fuse(h_BTD, input_ids, self.picture_features(pixel_values))
+        return self.fuse(h_BTD, input_ids, self.picture_features(pixel_values))
 
     def picture_features(self, pixel_values: Tensor) -> Tensor:
         """Encode tiles. shapes: [tiles, 3, S, S] -> [tiles * tokens_per_tile, D]"""
         features = self.vision_model(pixel_values.to(self.compute_dtype))
         return self.multi_modal_projector["linear_1"](features).flatten(0, 1)
 
-    def _fuse(self, h_BTD: Tensor, input_ids_BT: Tensor, features_MD: Tensor) -> Tensor:
+    def fuse(self, h_BTD: Tensor, input_ids_BT: Tensor, features_MD: Tensor) -> Tensor:
         """Put features, in order, where the placeholders are."""
         place_M = (input_ids_BT.flatten() == self.config.image_token_index).nonzero().flatten()
         if len(place_M) != len(features_MD):

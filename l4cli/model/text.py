@@ -143,8 +143,9 @@ class MoE(nn.Module):
             shared.routing.record(
                 self.layer_idx, logits_ME.unflatten(0, rows), expert_MA.unflatten(0, rows)
             )
-        y_MD = self.experts(x_MD, gate_MA, expert_MA)
-        return self.shared_expert(x_BTD) + y_MD.view_as(x_BTD)
+        # First: where experts are copied in from the host, they are on their way meanwhile.
+        shared_BTD = self.shared_expert(x_BTD)
+        return shared_BTD + self.experts(x_MD, gate_MA, expert_MA).view_as(x_BTD)
 
 
 class DecoderLayer(nn.Module):

@@ -7,7 +7,9 @@ causality alone keeps real queries from the padding behind them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -16,10 +18,11 @@ from torch import Tensor
 
 from l4cli.ops.batch import Segments
 from l4cli.ops.blocked_attention import BlockedAttention
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import FLOATS, REFERENCE, Op, Version, triton_version
 
 # Up to here our blocked bf16 products beat torch's fused CPU kernel; in fp32 they do not.
 BLOCKED_MAX_LENGTH = 4096
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,50 @@ class Bucket:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The buckets of one kind of layer, made once per batch and used by every such layer."""
+    """Where the segments of one kind of layer lie; made once per batch, used by every such layer.
 
-    buckets: tuple[Bucket, ...]
-    covers_all: bool  # no padding position is left out
+    How a version wants them arranged is found when it first asks.
+    """
+
+    starts: Tensor  # int64 [segments], on the CPU
+    lengths: Tensor
+    num_positions: int
+    device: Any
+
+    @cached_property
+    def covers_all(self) -> bool:
+        """No padding position is left out."""
+        return int(self.lengths.sum()) == self.num_positions
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Segments by padded length; equal lengths in order need no gather."""
+        lengths = self.lengths
+        if len(lengths) and self.covers_all and bool((lengths == lengths[0]).all()):
+            return (Bucket(int(lengths[0]), None, None),)
+        padded = _padded_lengths(lengths)
+        return tuple(self._bucket(length, padded == length) for length in padded.unique().tolist())
+
+    def _bucket(self, length: int, chosen: Tensor) -> Bucket:
+        offset = torch.arange(length)
+        is_real = offset < self.lengths[chosen].unsqueeze(-1)
+        index = self.starts[chosen].unsqueeze(-1) + torch.where(is_real, offset, 0)
+        real = None
+        if not bool(is_real.all()):
+            real = is_real.flatten().nonzero().flatten().to(self.device)
+        return Bucket(length, index.flatten().to(self.device), real)
+
+    @cached_property
+    def tiles(self) -> dict[Any, Any]:
+        """Pieces of segments for the Triton kernels, by their sizes."""
+        return {}
 
 
 def plan_attention(
     starts: Tensor, lengths: Tensor, num_positions: int, device: Any
 ) -> AttentionPlan:
-    """Sort segments into buckets of padded length; equal lengths in order need no gather."""
-    if len(lengths) == 0:
-        return AttentionPlan((), num_positions == 0)
-    covers_all = int(lengths.sum()) == num_positions
-    if covers_all and bool((lengths == lengths[0]).all()):
-        return AttentionPlan((Bucket(int(lengths[0]), None, None),), True)
-    padded = _padded_lengths(lengths)
-    buckets = []
-    for length in padded.unique().tolist():
-        chosen = padded == length
-        offset = torch.arange(length)
-        is_real = offset < lengths[chosen].unsqueeze(-1)
-        index = starts[chosen].unsqueeze(-1) + torch.where(is_real, offset, 0)
-        real = None if bool(is_real.all()) else is_real.flatten().nonzero().flatten().to(device)
-        buckets.append(Bucket(int(length), index.flatten().to(device), real))
-    return AttentionPlan(tuple(buckets), covers_all)
+    """Note where the segments lie, for all layers that attend inside them."""
+    return AttentionPlan(starts, lengths, num_positions, device)
 
 
 def _padded_lengths(lengths: Tensor) -> Tensor:
@@ -91,15 +113,22 @@ def segment_attention(
     q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, plan: AttentionPlan
 ) -> Tensor:
     """Attend causally inside every segment; positions in no segment give zeros."""
+    return SEGMENT_ATTENTION.pick(q_BTNH)(q_BTNH, k_BTKH, v_BTKH, plan)
+
+
+def _in_buckets(
+    attend: Attend, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, plan: AttentionPlan
+) -> Tensor:
+    """Gather segments of like length, attend in each bucket, put back."""
     shape = q_BTNH.shape
     q_MNH, k_MKH, v_MKH = (x.reshape(-1, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH))
     if len(plan.buckets) == 1 and plan.buckets[0].index is None:
-        return _attend_bucket(q_MNH, k_MKH, v_MKH, plan.buckets[0].length).view(shape)
+        return _attend_bucket(attend, q_MNH, k_MKH, v_MKH, plan.buckets[0].length).view(shape)
     outputs, places = [], []
     for bucket in plan.buckets:
         assert bucket.index is not None
         q, k, v = (x.index_select(0, bucket.index) for x in (q_MNH, k_MKH, v_MKH))
-        out_MNH = _attend_bucket(q, k, v, bucket.length)
+        out_MNH = _attend_bucket(attend, q, k, v, bucket.length)
         if bucket.real is None:
             outputs.append(out_MNH)
             places.append(bucket.index)
@@ -113,13 +142,42 @@ def segment_attention(
     return base_MNH.index_copy(0, torch.cat(places), torch.cat(outputs)).view(shape)
 
 
-def _attend_bucket(q_MNH: Tensor, k_MKH: Tensor, v_MKH: Tensor, length: int) -> Tensor:
+def _load_triton() -> Callable[..., Tensor]:
+    from src_kernels.cuda import segments as kernels
+
+    def in_tiles(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, plan: AttentionPlan) -> Tensor:
+        """Segments as they lie: no gather, no padding, as many programs as there is work."""
+        if q_BTNH.shape[-1] > kernels.MAX_HEAD_DIM:
+            return _in_buckets(_fast_causal, q_BTNH, k_BTKH, v_BTKH, plan)
+        sizes = kernels.choose_sizes(q_BTNH.dtype, q_BTNH.shape[-1], _capability(q_BTNH.device))
+        if sizes not in plan.tiles:
+            where = (plan.starts, plan.lengths, plan.num_positions)
+            plan.tiles[sizes] = kernels.make_tiles(*where, sizes, q_BTNH.device)
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH))
+        return kernels.segment_attention(*flat, plan.tiles[sizes], sizes).view(q_BTNH.shape)
+
+    return in_tiles
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    """90 for Hopper, 100 for Blackwell; in the interpreter any will do."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _attend_bucket(
+    attend: Attend, q_MNH: Tensor, k_MKH: Tensor, v_MKH: Tensor, length: int
+) -> Tensor:
     q, k, v = (x.unflatten(0, (-1, length)) for x in (q_MNH, k_MKH, v_MKH))  # [S, L, heads, H]
-    if is_reference_forced():
-        attend = _plain_causal
-    else:
-        attend = _blocked_causal if _is_blocked(q, length) else _fused_causal
     return attend(q, k, v).flatten(0, 1)
+
+
+def _fast_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attend = _blocked_causal if _is_blocked(q, q.shape[1]) else _fused_causal
+    return attend(q, k, v)
 
 
 def _plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -180,7 +238,34 @@ def reference_segment_attention(
 
 def full_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
     """Every position sees every other: patches of a tile. shapes: [B, T, N, H] -> same"""
-    if _is_blocked(q_BTNH, q_BTNH.shape[1]) and not is_reference_forced():
+    return FULL_ATTENTION.pick(q_BTNH)(q_BTNH, k_BTNH, v_BTNH)
+
+
+def _fast_full(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
+    if _is_blocked(q_BTNH, q_BTNH.shape[1]):
         return _blocked(q_BTNH, k_BTNH, v_BTNH, is_causal=False)
+    return reference_full_attention(q_BTNH, k_BTNH, v_BTNH)
+
+
+def reference_full_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
+    """As torch computes it."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+_HOW = "blocked in bf16 on a CPU up to 4096, else torch's fused one"
+SEGMENT_ATTENTION = Op(
+    "segment_attention",
+    [
+        triton_version(_load_triton, "segments as they lie, heads of up to 128 channels", FLOATS),
+        Version("bucketed", lambda: partial(_in_buckets, _fast_causal), _HOW),
+        Version(REFERENCE, lambda: partial(_in_buckets, _plain_causal), "all scores at once"),
+    ],
+)
+FULL_ATTENTION = Op(
+    "full_attention",
+    [
+        Version("blocked", lambda: _fast_full, _HOW),
+        Version(REFERENCE, lambda: reference_full_attention, "torch's own"),
+    ],
+)

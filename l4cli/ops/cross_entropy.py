@@ -7,10 +7,14 @@ no [M, V] buffer ever exists
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from l4cli.ops.choice import FLOATS, REFERENCE, Op, Version, triton_version
 
 CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in fp32
 
@@ -80,9 +84,57 @@ def linear_cross_entropy(
     if not bool(is_target_M.all()):
         index = is_target_M.nonzero().flatten()
         h_MD, labels_M, weights_M = h_MD[index], labels_M[index], weights_M[index]
+    run = LINEAR_CROSS_ENTROPY.pick(h_MD)
+    return run(h_MD, weight_VD, labels_M, weights_M.float(), chunk)
+
+
+def _chunked(
+    h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int | None
+) -> Tensor:
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
-    return _LinearCrossEntropy.apply(h_MD, weight_VD, labels_M, weights_M.float(), chunk)
+    return _LinearCrossEntropy.apply(h_MD, weight_VD, labels_M, weights_M, chunk)
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    losses = _load_triton_losses()
+
+    def without_logits(
+        h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int | None
+    ) -> Tensor:
+        return torch.dot(losses(h_MD, weight_VD, labels_M, chunk), weights_M)
+
+    return without_logits
+
+
+def _load_triton_losses() -> Callable[..., Tensor]:
+    from src_kernels.cuda import cross_entropy as kernels
+
+    def without_logits(
+        h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None
+    ) -> Tensor:
+        most = kernels.GRAD_ELEMENTS if chunk is None else chunk * len(weight_VD)
+        return kernels.token_losses(h_MD, weight_VD, labels_M, most)
+
+    return without_logits
+
+
+def reference_linear_cross_entropy(
+    h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int | None = None
+) -> Tensor:
+    """All logits at once."""
+    logits_MV = (h_MD @ weight_VD.to(h_MD.dtype).T).float()
+    return (F.cross_entropy(logits_MV, labels_M, reduction="none") * weights_M).sum()
+
+
+LINEAR_CROSS_ENTROPY = Op(
+    "linear_cross_entropy",
+    [
+        triton_version(_load_triton, "no logits in memory, three products for gradients", FLOATS),
+        Version("chunked", lambda: _chunked, "gradients in the forward, 8 MiB of logits at once"),
+        Version(REFERENCE, lambda: reference_linear_cross_entropy, "all logits at once"),
+    ],
+)
 
 
 @torch.no_grad()
@@ -90,12 +142,30 @@ def token_losses(
     h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None = None
 ) -> Tensor:
     """-log softmax(h @ weight.T)[label] of each token, fp32 [M], without gradients."""
+    return TOKEN_LOSSES.pick(h_MD)(h_MD, weight_VD, labels_M, chunk)
+
+
+def _chunked_losses(h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None) -> Tensor:
     chunk = chunk or max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
     cast_VD = weight_VD.to(h_MD.dtype)
     parts = [
-        torch.nn.functional.cross_entropy(
+        F.cross_entropy(
             (h_MD[i : i + chunk] @ cast_VD.T).float(), labels_M[i : i + chunk], reduction="none"
         )
         for i in range(0, len(h_MD), chunk)
     ]
     return torch.cat(parts) if parts else h_MD.new_zeros(0, dtype=torch.float32)
+
+
+def _losses_at_once(h_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk: int | None) -> Tensor:
+    return _chunked_losses(h_MD, weight_VD, labels_M, max(1, len(h_MD)))
+
+
+TOKEN_LOSSES = Op(
+    "token_losses",
+    [
+        triton_version(_load_triton_losses, "no logits in memory", FLOATS),
+        Version("chunked", lambda: _chunked_losses, "8 MiB of logits at once"),
+        Version(REFERENCE, lambda: _losses_at_once, "all logits at once"),
+    ],
+)

@@ -6,6 +6,7 @@ source: HF Llama4TextMoe; bias and its rules: arXiv 2408.15664
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l4cli.ops.autograd import apply
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import REFERENCE, Op, Version, triton_version
 
 
 class Routing(Protocol):
@@ -146,8 +147,12 @@ def routed_experts(
 
     shapes: w_in [E, D, 2F] (gate columns, then up), w_out [E, F, D] -> y_MD
     """
-    if is_reference_forced():
-        return reference_routed_experts(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
+    return ROUTED_EXPERTS.pick(x_MD)(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
+
+
+def _sorted(
+    x_MD: Tensor, gate_MA: Tensor, expert_MA: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor
+) -> Tensor:
     if len(x_MD) == 1 and not torch.is_grad_enabled():
         return _one_token(x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
     return apply(_RoutedExperts, x_MD, gate_MA, expert_MA, w_in_EDF, w_out_EFD)
@@ -184,3 +189,42 @@ def reference_routed_experts(
 def _plain_swiglu(h_F: Tensor) -> Tensor:
     gate_F, up_F = h_F.chunk(2, dim=-1)
     return F.silu(gate_F) * up_F
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    from l4cli.ops.triton_moe import routed_experts
+
+    return routed_experts
+
+
+def _load_grouped() -> Callable[..., Tensor]:
+    from l4cli.ops.grouped_moe import routed_experts
+
+    return routed_experts
+
+
+def _grouped_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    from l4cli.ops.grouped_moe import why_not
+
+    return why_not(device, dtype)
+
+
+# The first two in the order of what is proven, not measured: at Scout's width the products weigh
+# nine times what gathering, gating and SwiGLU move, and torch's products are tuned on the device;
+# at a width of 1024 twice, where ours, which move none of it, should win.
+# `tests/bench/cuda_ops.py` decides where there is a GPU.
+ROUTED_EXPERTS = Op(
+    "routed_experts",
+    [
+        Version(
+            "grouped-mm",
+            _load_grouped,
+            "torch's grouped products between sorting passes",
+            _grouped_why_not,
+            for_tests_on_cpu=True,
+        ),
+        triton_version(_load_triton, "rows gathered inside the products, SwiGLU fused"),
+        Version("sorted", lambda: _sorted, "sorted by expert; an expert's rows in one product"),
+        Version(REFERENCE, lambda: reference_routed_experts, "every token alone"),
+    ],
+)

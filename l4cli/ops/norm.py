@@ -6,13 +6,14 @@ source: HF Llama4TextRMSNorm, Llama4TextL2Norm; statistics in fp32, cast back be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from l4cli.ops.autograd import apply
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import FLOATS, REFERENCE, Op, Version, triton_version
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -50,9 +51,22 @@ def _inverse_rms(x_MD: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Divide each row by its root mean square, then scale by the weight."""
-    if is_reference_forced() or (x.is_cuda and x.dtype != torch.float32):
-        return reference_rms_norm(x, weight_D, eps)
+    return RMS_NORM.pick(x)(x, weight_D, eps)
+
+
+def _two_pass(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return apply(_RMSNorm, x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    from src_kernels.cuda import norm
+
+    def one_pass(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        if x.shape[-1] > norm.MAX_COLS:
+            return reference_rms_norm(x, weight_D, eps)
+        return norm.rms_norm(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
+
+    return one_pass
 
 
 def reference_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -66,3 +80,19 @@ def unit_rms(x: Tensor, eps: float) -> Tensor:
     """Weightless norm of each head: QK norm, called L2 norm but an RMS norm."""
     x32 = x.float()
     return (x32 * (x32.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def _two_pass_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda" and dtype != torch.float32:
+        return "its passes were chosen and measured on CPUs"
+    return None
+
+
+RMS_NORM = Op(
+    "rms_norm",
+    [
+        triton_version(_load_triton, "one pass each way, up to 8192 channels", FLOATS),
+        Version("two-pass", lambda: _two_pass, "keeps x and a number a row", _two_pass_why_not),
+        Version(REFERENCE, lambda: reference_rms_norm, "the formula in fp32"),
+    ],
+)

@@ -11,15 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import REFERENCE, Op, Version
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why weights of this kind cannot be packed; None when they can."""
-    if is_reference_forced():
-        return "forced by `L4_OPS=reference`"
+    """Why weights of this kind are not packed; None when they are."""
+    version, reason = PACKED_LINEAR.choose(device, dtype)
+    return None if version.name == "packed" else reason
+
+
+def _packed_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"{device.type} has layouts of its own"
     if dtype not in DTYPES:
@@ -48,3 +51,17 @@ def packed_linear(x: Tensor, packed_OI: Tensor, bias_O: Tensor | None = None) ->
 def reference_packed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """The same from the weight as it is."""
     return F.linear(x, weight_OI, bias_O)
+
+
+PACKED_LINEAR = Op(
+    "packed_linear",
+    [
+        Version(
+            "packed",
+            lambda: packed_linear,
+            "oneDNN's layout, made once for a model that only answers",
+            _packed_why_not,
+        ),
+        Version(REFERENCE, lambda: reference_packed_linear, "the weight as it is"),
+    ],
+)

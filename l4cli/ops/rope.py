@@ -7,13 +7,14 @@ source: HF Llama4TextRotaryEmbedding, Llama4VisionRotaryEmbedding, `ROPE_INIT_FU
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from l4cli.ops.autograd import apply
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import FLOATS, REFERENCE, Op, Version, triton_version
 from l4cli.ops.norm import unit_rms
 
 
@@ -119,9 +120,37 @@ def _turned(x_BTNH: Tensor, turn_BTH: Tensor) -> Tensor:
 
 def rotate_unit(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
     """`unit_rms(rotate(x))`: what queries and keys of a RoPE layer with QK norm go through."""
-    if is_reference_forced():
-        return unit_rms(rotate(x_BTNH, turn_BTH), eps)
+    return ROTATE_UNIT.pick(x_BTNH)(x_BTNH, turn_BTH, eps)
+
+
+def _in_place(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
     return apply(_RotateUnit, x_BTNH, turn_BTH, eps)
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    from src_kernels.cuda import rotate as kernels
+
+    def one_pass(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
+        if math.prod(kernels.block_sizes(*x_BTNH.shape[2:])) > kernels.MAX_POSITION:
+            return _in_place(x_BTNH, turn_BTH, eps)
+        return kernels.rotate_unit(x_BTNH, turn_BTH, eps)
+
+    return one_pass
+
+
+def reference_rotate_unit(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
+    """One after the other."""
+    return unit_rms(rotate(x_BTNH, turn_BTH), eps)
+
+
+ROTATE_UNIT = Op(
+    "rotate_unit",
+    [
+        triton_version(_load_triton, "rotation and QK norm in one pass", FLOATS),
+        Version("in-place", lambda: _in_place, "rotation and QK norm in one"),
+        Version(REFERENCE, lambda: reference_rotate_unit, "rotation, then the norm"),
+    ],
+)
 
 
 def vision_rotation(grid: int, head_dim: int, theta: float) -> Tensor:

@@ -1,13 +1,15 @@
-"""What this machine has: memory that can be taken now, and the rate of its matrix products.
+"""What this machine has: memory that can be taken, how fast it is read, its rate of products.
 
-in: a device; out: bytes, operations per second
+in: a device; out: bytes, bytes per second, operations per second
 source: /proc/meminfo, cgroup v2 and v1 files; torch.cuda.mem_get_info; a timed product
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -94,8 +96,13 @@ def _lines(path: Path) -> list[str]:
 def gemm_rate(dtype: str, device: str = "cpu") -> float:
     """Operations per second of a large matrix product here: what MFU is a fraction of.
 
-    Takes about 0.3 s once per process; the best repetition counts, as it is a ceiling.
+    Takes about 0.3 s once per process.
     """
+    return measure_gemm_rate(dtype, device)
+
+
+def measure_gemm_rate(dtype: str, device: str = "cpu") -> float:
+    """The same measured now; the best repetition counts, as it is a ceiling."""
     is_cuda = torch.device(device).type == "cuda"
     size = 8192 if is_cuda else 1024
     kind = _DTYPES[dtype]
@@ -114,3 +121,44 @@ def gemm_rate(dtype: str, device: str = "cpu") -> float:
             best_s = min(best_s, time.perf_counter() - start)
             repetitions += 1
     return 2 * size**3 / best_s
+
+
+class BandwidthProbe:
+    """A block of memory that is read again and again: how fast weights could be read here.
+
+    On a CPU by the C library's search for a byte that is not there, which only reads; the block
+    is larger than the caches. `measure` takes about 0.1 s.
+    """
+
+    def __init__(self, device: str = "cpu", size_bytes: int = 1 << 28) -> None:
+        self.block = torch.full((size_bytes,), 7, dtype=torch.uint8, device=device)
+
+    def measure(self, num_threads: int) -> float:
+        """Bytes per second of the best of three readings."""
+        read = self._on_gpu if self.block.is_cuda else self._on_cpu
+        best_s = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            read(num_threads)
+            best_s = min(best_s, time.perf_counter() - start)
+        return self.block.numel() / best_s
+
+    def _on_gpu(self, num_threads: int) -> None:
+        del num_threads
+        self.block.view(torch.float32).sum()
+        torch.cuda.synchronize()
+
+    def _on_cpu(self, num_threads: int) -> None:
+        search = ctypes.CDLL(None).memchr
+        search.restype = ctypes.c_void_p
+        search.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+        start, each = self.block.data_ptr(), self.block.numel() // num_threads
+
+        def part(i: int) -> None:
+            assert search(start + i * each, 1, each) is None
+
+        if num_threads == 1:
+            part(0)
+            return
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(part, range(num_threads)))

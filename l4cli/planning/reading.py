@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from l4cli.errors import UsageError, suggest
 from l4cli.model import Llama4Config, TextConfig, count_parameters
 from l4cli.planning.flops import active_matmul_parameters, mean_attended
+from l4cli.planning.gpus import GPUS
 from l4cli.planning.machine import available_memory, gemm_rate
 from l4cli.planning.memory import ITEM_BYTES
 
@@ -47,8 +48,8 @@ class Machine:
 
 
 _DEVICES = {
-    "h100": (80e9, 600e12, 420e12, 3.35e12),
-    "h200": (141e9, 600e12, 420e12, 4.8e12),
+    name: (GPUS[name].memory_bytes, 600e12, 420e12, GPUS[name].bandwidth)
+    for name in ("h100", "h200")
 }
 
 

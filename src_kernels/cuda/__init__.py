@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA live here; none is built yet."""
+"""Triton kernels for CUDA. Importing this package imports neither torch nor Triton."""

@@ -35,6 +35,26 @@ def lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_questions_about_the_users_own_documents(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"question": f"Who owns boat {i}?", "answers": f"P{i}", "context": f"Boat {i} is P{i}'s."}
+        for i in range(40)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prose = tmp_path / "prose.txt"
+    prose.write_text("The sea was calm. " * 100)
+    grid = ["--lengths", "512", "--depths", "1", "--samples", "1", "--no-controls"]
+    asked = [model, "--tasks", "single,qa", *grid, "--haystack", prose]
+    assert run(*asked, "--qa", file, "-o", tmp_path / "report") == 0
+    assert run(*asked, "--qa", tmp_path, "-o", tmp_path / "other") == 1
+    assert "it is a folder" in capsys.readouterr().err
+    assert run(model, *grid, "--qa", file, "-o", tmp_path / "other") == 2
+    assert "no task asks about its rows" in capsys.readouterr().err
+
+
 def test_a_grid_leaves_events_results_summary_and_picture(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

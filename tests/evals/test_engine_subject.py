@@ -65,6 +65,21 @@ def test_checked_answers_are_those_of_greedy_decoding() -> None:
     assert not any(q.score(a) for q, a in zip(sample.questions, answers, strict=True))
 
 
+def test_free_answers_are_written_side_by_side() -> None:
+    tested = engine(1)
+    sizes: list[int] = []
+    tested.model.lm_head.register_forward_hook(lambda _, inputs, out: sizes.append(len(inputs[0])))
+    prompts = [f"\nwho is {name}?" for name in "abcde"]
+    base = sample_for(prompts, ["here"] * 5)
+    free = replace(base, questions=tuple(replace(q, match=Match.any) for q in base.questions))
+    answers = EngineSubject(tested, TOKENIZER).read(free).answers
+    longest = max(len(TOKENIZER.encode(answer)) for answer in answers)
+    assert longest > 5
+    assert sizes.count(5) + sizes.count(4) + sizes.count(3) + sizes.count(2) >= longest - 2
+    # One row at a time: the text, each question, and at most the end of the longest answer.
+    assert sizes.count(1) <= 1 + 5 + 2
+
+
 def test_free_answers_are_greedy_and_share_the_reading() -> None:
     tested = engine(1)
     subject = EngineSubject(tested, TOKENIZER)

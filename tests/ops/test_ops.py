@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l4cli.errors import L4Error
 from l4cli.ops.attention import (
     full_attention,
     plan_attention,
@@ -17,7 +18,7 @@ from l4cli.ops.attention import (
 )
 from l4cli.ops.batch import Segments
 from l4cli.ops.cross_entropy import linear_cross_entropy, token_losses
-from l4cli.ops.moe import reference_routed_experts, route, routed_experts
+from l4cli.ops.moe import ROUTED_EXPERTS, reference_routed_experts, route, routed_experts
 from l4cli.ops.norm import reference_rms_norm, rms_norm, unit_rms
 from l4cli.ops.rope import rotate, rotate_unit, rotation
 from l4cli.ops.swiglu import swiglu
@@ -70,19 +71,32 @@ def test_swiglu() -> None:
     assert_like_reference(swiglu, lambda gate, up: F.silu(gate) * up, inputs)
 
 
+@pytest.mark.parametrize("version", ["sorted", "grouped-mm"])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_routed_experts(top_k: int) -> None:
+def test_routed_experts(top_k: int, version: str) -> None:
     """Also with experts that nobody chose."""
+    if version == "grouped-mm" and not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no `grouped_mm`")
+    run = ROUTED_EXPERTS.named(version).load()
     logits_ME = normal(23, 5, seed=3)
     logits_ME[:, 1] = -50.0
     _, expert_MA = route(logits_ME, top_k)
     inputs = [normal(23, 8), normal(23, top_k).sigmoid()]
-    inputs += [0.4 * normal(5, 8, 12, seed=1), 0.4 * normal(5, 6, 8, seed=2)]
+    width = 8 if version == "grouped-mm" else 6  # torch's wants rows of whole 16 bytes
+    inputs += [0.4 * normal(5, 8, 2 * width, seed=1), 0.4 * normal(5, width, 8, seed=2)]
     assert_like_reference(
-        lambda x, g, a, b: routed_experts(x, g, expert_MA, a, b),
+        lambda x, g, a, b: run(x, g, expert_MA, a, b),
         lambda x, g, a, b: reference_routed_experts(x, g, expert_MA, a, b),
         inputs,
     )
+
+
+def test_sizes_that_torch_cannot_group_are_refused_with_a_way_out() -> None:
+    run = ROUTED_EXPERTS.named("grouped-mm").load()
+    chosen = torch.zeros(3, 1, dtype=torch.long)
+    with pytest.raises(L4Error, match="multiples of 4, or 16 bytes") as caught:
+        run(normal(3, 8), torch.ones(3, 1), chosen, normal(2, 8, 12), normal(2, 6, 8))
+    assert "L4_OPS=routed_experts=triton" in caught.value.fix
 
 
 def test_no_expert_touches_a_token_it_was_not_given() -> None:

@@ -6,6 +6,7 @@ source: RULER (arXiv 2404.06654), tasks qa_1 and qa_2, by their definitions
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ def read_rows(path: str) -> tuple[Row, ...]:
     """Read the rows of a JSONL file. raises: L4Error with the line that cannot be used"""
     try:
         status = Path(path).stat()
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise L4Error(f"cannot read `{path}`", why=why, fix="check the path") from error

@@ -124,32 +124,29 @@ class EngineSubject:
                 self.engine.score_many(self.engine.prefill(ids), [answer])[0]
                 for ids, answer in zip(asked, expected, strict=True)
             ]
-        answers = []
-        for i, (_, likeliest) in enumerate(scored):
-            said = likeliest[-len(expected[i]) :].cpu().numpy()
-            answers.append(self._answer(cache, questions[i], asked[i], expected[i], said))
-        return answers
+        answers = [
+            self._told(question, ids, likeliest[-len(ids) :].cpu().numpy())
+            for question, ids, (_, likeliest) in zip(questions, expected, scored, strict=True)
+        ]
+        unclear = [i for i, answer in enumerate(answers) if answer is None]
+        rooms = [2 * len(expected[i]) + SPARE_ANSWER_TOKENS for i in unclear]
+        written = iter(self._generate(cache, [asked[i] for i in unclear], rooms))
+        return [next(written) if answer is None else answer for answer in answers]
 
-    def _answer(
-        self,
-        cache: Cache | None,
-        question: Question,
-        asked: np.ndarray,
-        expected: np.ndarray,
-        said: np.ndarray,
-    ) -> str:
-        """What greedy decoding writes, from the likeliest ids at the places of the right ones."""
+    def _told(self, question: Question, expected: np.ndarray, said: np.ndarray) -> str | None:
+        """What greedy decoding writes, from the likeliest ids at the places of the right ones.
+
+        None: they do not tell, it must be written.
+        """
         reference = question.answers[0]
         wrong = np.flatnonzero(said != expected)
         if not len(wrong):
             return reference
         # Up to the first difference the ids are those of decoding; after it they are not.
         text = self.tokenizer.decode(said[: wrong[0] + 1])
-        if not (reference.startswith(text) or text.startswith(reference)):
-            return text
-        # The same text in other tokens so far: let it be written.
-        room = 2 * len(expected) + SPARE_ANSWER_TOKENS
-        return self._generate(cache, [asked], [room])[0]
+        # The same text in other tokens so far?
+        is_unclear = reference.startswith(text) or text.startswith(reference)
+        return None if is_unclear else text
 
     def _write(self, cache: Cache | None, questions: Sequence[Question]) -> list[str]:
         """Free answers, greedily."""
