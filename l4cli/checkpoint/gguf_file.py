@@ -67,6 +67,15 @@ def require_gguf() -> Any:
     return gguf
 
 
+def kind_of_codes(parameters: ParameterReader) -> str | None:
+    """The kind of file that keeps a quantized checkpoint's codes as they are, if there is one."""
+    formats = parameters.formats()
+    for kind in BLOCK_BYTES:
+        if formats and all(holds_codes(kind, format) for format in formats):
+            return kind
+    return None
+
+
 def write_gguf(
     parameters: ParameterReader,
     tokenizer: Tokenizer,

@@ -7,7 +7,7 @@ source: compressed-tensors 0.20 (pack-quantized, float-quantized, int-quantized)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from l4cli.checkpoint.stored import StoredWeights
 from l4cli.errors import L4Error
 from l4cli.quantization import QuantizedWeight, WeightFormat
 from l4cli.quantization.packing import unpack_codes
+from l4cli.quantization.rounding import scale_shape
 
 _PACKED, _SCALE = "weight_packed", "weight_scale"
 _SHAPE, _ZERO = "weight_shape", "weight_zero_point"
@@ -63,8 +64,8 @@ def codes_shape(stored: StoredWeights, name: str) -> tuple[int, int]:
     if f"{name}.{_PACKED}" not in stored.tensors:
         shape = stored.tensors[f"{name}.weight"].shape
         return _pair(stored, name, shape)
-    rows, words = stored.tensors[f"{name}.{_PACKED}"].shape
-    bits = _bits(stored, name)
+    rows, words = _pair(stored, name, stored.tensors[f"{name}.{_PACKED}"].shape)
+    bits = code_bits(stored.quantization, name)
     if f"{name}.{_SHAPE}" not in stored.tensors:
         return rows, words * 32 // bits
     shape = tuple(stored.read(f"{name}.{_SHAPE}").tolist())
@@ -74,61 +75,72 @@ def codes_shape(stored: StoredWeights, name: str) -> tuple[int, int]:
     return rows, shape[1]
 
 
+def has_shape(stored: StoredWeights, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a map's codes can be those of a weight [O, I], by the header alone."""
+    packed = stored.tensors.get(f"{name}.{_PACKED}")
+    if packed is None:
+        return stored.tensors[f"{name}.weight"].shape == shape
+    words = math.ceil(shape[1] * code_bits(stored.quantization, name) / 32)
+    return packed.shape == (shape[0], words)
+
+
 def read_quantized(stored: StoredWeights, name: str) -> QuantizedWeight:
     """Read the codes of a linear map, as `model.layers.0.self_attn.q_proj`.
 
     raises: L4Error for shapes that contradict each other and for what has no format of ours
     """
-    num_outputs, num_inputs = codes_shape(stored, name)
-    scale = _scale(stored, name)
+    shape = codes_shape(stored, name)
     weights = weights_of(stored.quantization, name)
     if f"{name}.{_PACKED}" in stored.tensors:
-        bits = _bits(stored, name)
+        bits = _bits(stored, name, weights)
         kind = f"int{bits}"
-        codes = unpack_codes(stored.read(f"{name}.{_PACKED}"), bits, num_inputs)
+        codes = unpack_codes(stored.read(f"{name}.{_PACKED}"), bits, shape[1])
     else:
         kind = _CODES[stored.tensors[f"{name}.weight"].dtype]
         codes = stored.read(f"{name}.weight")
         if kind == "int8" and weights.get("num_bits") == 4:
             kind = "int4"
+    scale = _scale(stored, name)
     if scale.numel() == 1 and weights.get("strategy") != "block":  # one scale for all
-        scale = scale.reshape(1, 1).expand(num_outputs, 1)
+        scale = scale.reshape(1, 1).expand(shape[0], 1)
     scale = scale.reshape(len(scale), -1)
-    format = _format(stored, name, kind, scale, weights)
+    format = _format(stored, name, kind, shape, scale, weights)
     return QuantizedWeight(format, codes, scale, _zero(stored, name, format, scale))
 
 
 def _format(
-    stored: StoredWeights, name: str, kind: str, scale: Tensor, weights: Any
+    stored: StoredWeights,
+    name: str,
+    kind: str,
+    shape: tuple[int, int],
+    scale: Tensor,
+    weights: Mapping[str, Any],
 ) -> WeightFormat:
-    num_outputs, num_inputs = codes_shape(stored, name)
     rows, columns = scale.shape
     block = weights.get("block_structure")
     if weights.get("strategy") == "block" and block:
-        if kind != "fp8" or (rows, columns) != (
-            -(-num_outputs // block[0]),
-            -(-num_inputs // block[1]),
-        ):
-            why = f"`{name}` {[num_outputs, num_inputs]} has {rows}x{columns} blocks of {block}"
+        format = WeightFormat("fp8", block=(block[0], block[1]))
+        if kind != "fp8" or (rows, columns) != scale_shape(*shape, format):
+            why = f"`{name}` {list(shape)} has {rows}x{columns} scales for its blocks of {block}"
             raise _damaged(stored, why)
-        return WeightFormat("fp8", block=(block[0], block[1]))
+        return format
     is_symmetric = f"{name}.{_ZERO}" not in stored.tensors
     if not (is_symmetric or kind == "int4"):
         raise _damaged(stored, f"`{name}` is {kind} with zero points")
     size = weights.get("group_size") or -1
     group_size = size if size > 0 else None
-    if rows != num_outputs or columns * (group_size or num_inputs) != num_inputs:
+    if rows != shape[0] or columns * (group_size or shape[1]) != shape[1]:
         groups = f"groups of {group_size}" if group_size else "rows"
-        why = f"`{name}` {[num_outputs, num_inputs]} has {rows}x{columns} scales for its {groups}"
+        why = f"`{name}` {list(shape)} has {rows}x{columns} scales for its {groups}"
         raise _damaged(stored, why)
     return WeightFormat(kind, group_size, is_symmetric)
 
 
-def _bits(stored: StoredWeights, name: str) -> int:
-    bits = code_bits(stored.quantization, name)
+def _bits(stored: StoredWeights, name: str, weights: Mapping[str, Any]) -> int:
+    bits = weights.get("num_bits") or 4
     if bits not in (4, 8):
         raise _damaged(stored, f"`{name}` has codes of {bits} bits; 4 and 8 can be read")
-    return bits
+    return int(bits)
 
 
 def _scale(stored: StoredWeights, name: str) -> Tensor:

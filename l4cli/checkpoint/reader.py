@@ -21,6 +21,7 @@ from l4cli.checkpoint.compressed_tensors import require_readable
 from l4cli.checkpoint.hf_keys import Matching, Piece, match
 from l4cli.checkpoint.quantized import (
     codes_shape,
+    has_shape,
     is_quantized,
     module_of,
     plain_keys,
@@ -180,8 +181,13 @@ def load_weights(
             fix = "fetch or write the file again"
             raise L4Error(f"cannot read `{file}`", why=str(error), fix=fix) from error
     for piece in coded:
-        values = read_quantized(stored, module_of(piece.key)).dequantize()
-        fill(piece, values, torch.bfloat16, stored.folder)
+        weight = read_quantized(stored, module_of(piece.key))
+        if weight.shape != piece.shape:
+            why = f"`{piece.key}` says it is {list(weight.shape)}, the model needs "
+            fix = "fetch or write it again"
+            what = f"cannot load quantized checkpoint `{stored.folder}`"
+            raise L4Error(what, why=f"{why}{list(piece.shape)}", fix=fix)
+        fill(piece, weight.dequantize(), torch.bfloat16, stored.folder)
     filled = {piece.name for piece in matching.pieces}
     return [name for name in parameters if name not in filled]
 
@@ -251,8 +257,12 @@ def _check(stored: StoredWeights, matching: Matching) -> None:
         raise L4Error(what, why=why, fix=fix)
     for piece in matching.pieces:
         name = module_of(piece.key)
-        is_coded = is_quantized(stored, name)
-        shape = codes_shape(stored, name) if is_coded else stored.tensors[piece.key].shape
+        if is_quantized(stored, name):
+            if has_shape(stored, name, piece.shape):
+                continue
+            shape: tuple[int, ...] = codes_shape(stored, name)
+        else:
+            shape = stored.tensors[piece.key].shape
         if shape != piece.shape:
             why = f"`{piece.key}` is {list(shape)} in the file, the model needs {list(piece.shape)}"
             raise L4Error(what, why=why, fix=fix)

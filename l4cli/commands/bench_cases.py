@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from l4cli import terminal
 
 PREFILL, DECODE, TRAIN = "prefill", "decode", "train"
+READ = "reading"  # the ceiling of memory; others are `bf16 products` and the like
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,7 @@ def _share_text(
     if rate is None or case not in shares:
         return ""
     name, per_token = shares[case]
-    word = {"read": "of the read rate", "products": "of the product rate"}[name]
-    return f"{rate * per_token / figures.ceiling(name):.0%} {word}"
+    return f"{rate * per_token / figures.ceiling(name):.0%} of {name}"
 
 
 def events(figures: Figures, shares: dict[Case, tuple[str, float]]) -> list[dict[str, Any]]:

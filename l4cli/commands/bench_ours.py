@@ -14,8 +14,10 @@ from l4cli.checkpoint import load_model
 from l4cli.commands import chat_model
 from l4cli.commands.bench_cases import PREFILL, TRAIN, Case
 from l4cli.inference import Cache, Request, SamplingOptions
+from l4cli.inference.native import NativeModel
 from l4cli.ops.batch import Batch
 from l4cli.ops.cross_entropy import linear_cross_entropy
+from l4cli.planning.roofline import experts_met
 from l4cli.training.optim import Optimizer, OptimizerOptions
 
 LEARNING_RATE = 1e-4
@@ -44,6 +46,12 @@ class OurEngine:
         self.engine = chat_model.load(folder, device, dtype, is_raw=True).engine
         self.vocab_size = vocab_size
         self._pasts: dict[int, Cache] = {}
+
+    @property
+    def native(self) -> NativeModel | None:
+        """The model where it runs in C++."""
+        model: object = self.engine.model
+        return model if isinstance(model, NativeModel) else None
 
     def why_not(self, case: Case) -> str | None:
         return "it is for answering" if case.what == TRAIN else None
@@ -86,6 +94,18 @@ class OurEngine:
                 self.engine.prefill(random_ids(depth, self.vocab_size, 0), cache=cache)
             self._pasts[depth] = cache
         return self._pasts[depth]
+
+
+def native_weight_bytes(model: NativeModel, num_sequences: int) -> float:
+    """Bytes of the weights that a step meets, as they are laid out; of experts those chosen."""
+    text = model.config.text
+    chosen = experts_met(text, num_sequences) / text.num_local_experts
+    num_moe = sum(map(text.is_moe, range(text.num_hidden_layers)))
+    total = 4.0 * num_moe * text.num_local_experts * text.hidden_size  # routers, fp32
+    for name, layouts in model.weights.layouts.items():
+        size = sum(layout.num_bytes for layout in layouts)
+        total += size * chosen if ".experts." in name else size
+    return total
 
 
 class OurTraining:

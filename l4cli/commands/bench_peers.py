@@ -138,8 +138,14 @@ class TransformersTraining:
         return case.batch * case.num_tokens / (finished(self.device) - start)
 
 
-def why_no_transformers(config: Llama4Config) -> str | None:
+def why_no_transformers(
+    config: Llama4Config, *, is_quantized: bool = False, trains: bool = False
+) -> str | None:
     """Why transformers is not measured."""
+    if is_quantized and trains:
+        return "it does not train quantized weights"
+    if is_quantized and importlib.util.find_spec("compressed_tensors") is None:
+        return "it opens quantized weights with `compressed-tensors`, which is not installed"
     if importlib.util.find_spec("transformers") is None:
         return "it is not installed"
     if not config.text.is_plain:

@@ -9,16 +9,22 @@ import shutil
 from pathlib import Path
 
 from l4cli import terminal
-from l4cli.checkpoint import save_model
+from l4cli.checkpoint import plan_quantization, quantize_checkpoint, save_model
 from l4cli.commands.bench_ours import DTYPES
 from l4cli.errors import L4Error
 from l4cli.model import build_model, load_preset
 from l4cli.planning import available_memory, inference_bytes
+from l4cli.quantization import RoundingQuantizer, WeightFormat
 from l4cli.text import load_tokenizer
 
+_MLPS = ("experts", "shared", "dense")
 
-def write_preset(name: str, folder: Path, dtype: str) -> Path:
-    """Write it, text half only. raises: L4Error when memory or disk have no room"""
+
+def write_preset(name: str, folder: Path, dtype: str, format: str | None = None) -> Path:
+    """Write it, text half only; `format`: the decoder's weights rounded to int4, int8 or fp8.
+
+    raises: L4Error when memory or disk have no room
+    """
     config = load_preset(name)
     config.vision = None
     needed = 2 * inference_bytes(config, dtype, 0)["weights"]  # also of the one that is loaded
@@ -33,4 +39,9 @@ def write_preset(name: str, folder: Path, dtype: str) -> Path:
     config.text.eos_token_id = list(tokenizer.stop_ids)
     model = build_model(config, dtype=DTYPES[dtype], seed=0)
     save_model(model, folder, tokenizer.files())
-    return folder
+    if format is None:
+        return folder
+    weights = WeightFormat(format, group_size=32 if format == "int4" else None)
+    plan = plan_quantization(folder, dict.fromkeys(("attention", *_MLPS), weights))
+    quantize_checkpoint(plan, folder.with_name("quantized"), RoundingQuantizer())
+    return folder.with_name("quantized")

@@ -86,18 +86,10 @@ def convert(
     if to is Target.hf:
         _write_hf(parameters, out, dtype)
     else:
-        _write_gguf(parameters, out, dtype or _kept_precision(parameters), force)
+        from l4cli.checkpoint.gguf_file import kind_of_codes
 
-
-def _kept_precision(parameters: ParameterReader) -> Precision:
-    """The precision of a GGUF file that keeps codes as they are, else bf16."""
-    from l4cli.quantization.ggml_blocks import holds_codes
-
-    formats = parameters.formats()
-    for kind in (Precision.q4_0, Precision.q8_0):
-        if formats and all(holds_codes(kind, format) for format in formats):
-            return kind
-    return Precision.bf16
+        kept = kind_of_codes(parameters) or Precision.bf16
+        _write_gguf(parameters, out, dtype or Precision(kept), force)
 
 
 def _write_hf(parameters: ParameterReader, out: Path, dtype: Precision | None) -> None:

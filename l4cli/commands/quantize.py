@@ -179,7 +179,7 @@ def _write(
     with terminal.progress("quantize", plan.num_quantized) as progress:
 
         def show(num_done: int) -> None:
-            rate = num_done / (time.monotonic() - start_s)
+            rate = num_done / max(time.monotonic() - start_s, 1e-9)
             left_s = (plan.num_quantized - num_done) / rate
             figures = {"weights_per_sec": terminal.count_text(rate)}
             progress.update(num_done, **figures, eta=terminal.time_text(left_s))

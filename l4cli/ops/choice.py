@@ -32,6 +32,7 @@ _PLACES = (
     ("attention", "FULL_ATTENTION"),
     ("parts_attention", "ATTEND_PARTS"),
     ("packed_linear", "PACKED_LINEAR"),
+    ("weight_only", "WEIGHT_ONLY"),
     ("cross_entropy", "LINEAR_CROSS_ENTROPY"),
     ("cross_entropy", "TOKEN_LOSSES"),
 )

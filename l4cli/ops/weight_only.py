@@ -19,7 +19,7 @@ from torch import Tensor
 import src_kernels.cpu as kernels
 from l4cli import terminal
 from l4cli.errors import L4Error, UsageError
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import REFERENCE, Op, Version, forced
 
 LAYOUT_VERSION = kernels.LAYOUT_VERSION
 ALIGNMENT = 64  # of every block, so of a weight's first byte too
@@ -247,10 +247,8 @@ def dequantize(packed: Tensor, layout: Layout) -> Tensor:
 
 
 @functools.cache
-def why_not(device: torch.device) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why the kernels cannot run; None when they can. raises: UsageError for a bad L4_CPU_ISA"""
-    if is_reference_forced():
-        return "forced by `L4_OPS=reference`"
     if device.type != "cpu":
         return f"{device.type} has kernels of its own"
     library = kernels.load()
@@ -271,14 +269,6 @@ def _say_slow(reason: str) -> None:
     terminal.warn(f"CPU kernels are missing, torch answers instead: {reason}")
 
 
-def version() -> tuple[str, str]:
-    """The version in use and the reason, for `l4 info --ops`."""
-    reason = why_not(torch.device("cpu"))
-    if reason:
-        return "reference", reason
-    return f"C++ {_library().l4_cpu_isa().decode()}", "int8 products on packed weights"
-
-
 def _library() -> CDLL:
     library = kernels.load()
     assert not isinstance(library, str)
@@ -290,11 +280,14 @@ def linear(x: Tensor, packed: Tensor, layout: Layout, index: Tensor | None = Non
 
     shapes: [..., I] -> [..., O]; with index [R] (int32), of rows of x [M, I]: -> [R, O]
     """
-    reason = why_not(x.device)
-    if reason is not None:
-        if x.device.type == "cpu" and not is_reference_forced():
-            _say_slow(reason)
-        return reference_linear(x, packed, layout, index)
+    run = WEIGHT_ONLY.pick(x)
+    if run is reference_linear and x.is_cpu and forced(WEIGHT_ONLY)[0] != REFERENCE:
+        _say_slow(str(why_not(x.device)))
+    return run(x, packed, layout, index)
+
+
+def kernel_linear(x: Tensor, packed: Tensor, layout: Layout, index: Tensor | None = None) -> Tensor:
+    """The same by the C++ kernels, in as many threads as torch has."""
     assert packed.is_contiguous()
     assert packed.numel() == layout.num_bytes
     assert packed.data_ptr() % ALIGNMENT == 0
@@ -339,3 +332,12 @@ def reference_linear(
 ) -> Tensor:
     """The same from the weight the bytes stand for, in x's dtype."""
     return F.linear(x if index is None else x[index], dequantize(packed, layout).to(x.dtype))
+
+
+WEIGHT_ONLY = Op(
+    "weight_only_linear",
+    [
+        Version("cpp", lambda: kernel_linear, "products on packed weights, in C++", why_not),
+        Version(REFERENCE, lambda: reference_linear, "unpacks the weight on every call"),
+    ],
+)

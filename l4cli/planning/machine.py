@@ -15,7 +15,12 @@ from pathlib import Path
 
 import torch
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 _MEASURE_S = 0.3
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 
@@ -107,15 +112,16 @@ def measure_gemm_rate(dtype: str, device: str = "cpu") -> float:
     size = 8192 if is_cuda else 1024
     kind = _DTYPES[dtype]
     a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in range(2))
-    out = torch.empty_like(a)
+    out = torch.empty(size, size, dtype=torch.int32 if dtype == "int8" else kind, device=device)
+    product = torch._int_mm if dtype == "int8" else torch.mm
     best_s = float("inf")
     with torch.no_grad():
-        torch.mm(a, b, out=out)  # the first call builds the kernel
+        product(a, b, out=out)  # the first call builds the kernel
         end = time.perf_counter() + _MEASURE_S
         repetitions = 0
         while repetitions < 3 or time.perf_counter() < end:
             start = time.perf_counter()
-            torch.mm(a, b, out=out)
+            product(a, b, out=out)
             if is_cuda:
                 torch.cuda.synchronize()
             best_s = min(best_s, time.perf_counter() - start)

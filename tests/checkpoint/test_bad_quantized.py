@@ -99,7 +99,9 @@ def change(name: str, edited: Callable[[torch.Tensor], torch.Tensor] | None) -> 
         ("weight_scale", lambda t: t.to(torch.int32), "NaN"),
         ("weight_zero_point", lambda t: t[:, :1], "zero points"),
         ("weight_shape", lambda t: t + 8, "says it is [72, 72]"),
+        ("weight_shape", lambda t: t - torch.tensor([0, 2]), "[64, 62] has 64x2 scales"),
         ("weight_packed", lambda t: t[:, :-1], "words"),
+        ("weight_packed", lambda t: t.unsqueeze(0), "linear maps"),
     ],
 )
 def test_tensors_that_contradict_each_other(leaf: str, edited: Any, why: str, folder: Path) -> None:
@@ -107,6 +109,13 @@ def test_tensors_that_contradict_each_other(leaf: str, edited: Any, why: str, fo
     error = refused(folder)
     assert why in error.why
     assert Q_PROJ in error.why
+
+
+def test_a_shape_that_only_the_model_contradicts(hf_text: Path, tmp_path: Path) -> None:
+    """62 inputs take as many words as 64, and one scale a row fits both."""
+    folder = quantize(hf_text, tmp_path / "q", WeightFormat("int8"))
+    edit(folder, change(f"{Q_PROJ}.weight_shape", lambda t: t - torch.tensor([0, 2])))
+    assert "says it is [64, 62], the model needs [64, 64]" in refused(folder).why
 
 
 def test_codes_of_another_model(folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gguf_models import fitting_checkpoint
 
 from l4cli.cli import main
-from l4cli.commands.bench_cases import DECODE, PREFILL, Case, Figures, events, measure
+from l4cli.commands.bench_cases import DECODE, PREFILL, READ, Case, Figures, events, measure
 
 FEW = ["--repeats", "2", "--new-tokens", "4", "--prompt", "16", "--seq-len", "32", "--threads", "1"]
 
@@ -70,12 +70,14 @@ def test_it_measures_answering_and_training_beside_peers(
     for event in cases.values():
         assert len(event["rounds"]) == 2
         assert min(event["rounds"]) <= event["tok_per_sec"] <= max(event["rounds"])
-        assert event["ceiling"] == ("read" if event["what"] == DECODE else "products")
+        assert event["ceiling"] == (READ if event["what"] == DECODE else "fp32 products")
         assert event["share"] > 0
     assert cases[PREFILL, 16, 8, 1, "llama.cpp"]["tok_per_sec"] == 16008
     assert cases[DECODE, 4, 8, 1, "llama.cpp"]["tok_per_sec"] == 48
     assert done["threads"] == 1
     assert done["read_bytes_per_sec"] > 0
+    assert done["products_per_sec"]["fp32"] > 0
+    assert done["weights"] == "fp32"
     assert len(done["load_average"]) == 2
     assert [e["why"] for e in found if e["event"] == "left_out"] == [
         "llama-bench has no batches"
@@ -95,7 +97,7 @@ def test_the_table_has_ratios_and_shares(
     assert "GB/s" in lines[1]
     assert lines[2].split()[:2] == ["tokens/s", "l4"]
     assert lines[3].startswith("prefill 16")
-    assert lines[3].endswith("of the product rate")
+    assert lines[3].endswith("% of fp32 products")
     assert len(lines) == 4
 
 
@@ -104,6 +106,40 @@ def test_a_preset_has_random_weights(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["bench", "preset:nano", *flags]) == 0
     event, done = lines_of(capsys)
     assert (event["what"], done["model"], done["dtype"]) == ("decode", "preset:nano", "bf16")
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+def test_codes_are_measured_as_they_are_asked(
+    format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*FEW, "--peers", "none", "--what", "decode,prefill,train", "--format", format]
+    assert main(["bench", "preset:nano", *flags, "--json"]) == 0
+    *found, done = lines_of(capsys)
+    assert [event["what"] for event in found] == ["decode", "prefill", "train"]
+    assert done["weights"].startswith(format)
+    multiplied = "int8" if "C++" in done["weights"] and format != "fp8" else "bf16"
+    ceilings = [READ, f"{multiplied} products", "bf16 products"]
+    assert [event["ceiling"] for event in found] == ceilings
+    assert set(done["products_per_sec"]) == {multiplied, "bf16"}
+
+
+def test_bytes_of_a_step_in_cpp(tmp_path: Path) -> None:
+    """All of what is laid out but the idle experts, counted blob by blob."""
+    from l4cli.commands.bench_ours import OurEngine, native_weight_bytes
+    from l4cli.commands.bench_preset import write_preset
+
+    folder = write_preset("nano", tmp_path / "model", "bf16", "int4")
+    engine = OurEngine(folder, "cpu", "auto", 256)
+    if engine.native is None:
+        pytest.skip("there are no compiled kernels here")
+    text = engine.native.config.text
+    linear = 4 * (2 * 128 * 128 + 2 * 128 * 64) + 2 * 3 * 128 * 512 + 2 * 2 * 3 * 128 * 256
+    head, routers = text.vocab_size * 128, 2 * 4 * 128 * 4
+    found = native_weight_bytes(engine.native, 1)
+    # Codes and fp16 scales in 32s; the head int8 with a scale a row; what fills up cache lines.
+    assert found == pytest.approx(linear * 4.5 / 8 + head + 4 * text.vocab_size + routers, rel=0.02)
+    many = native_weight_bytes(engine.native, 1000)
+    assert many - found == pytest.approx(2 * 3 * 3 * 128 * 256 * 4.5 / 8, rel=0.02)
 
 
 def test_rounds_take_turns_and_the_first_warms_up() -> None:
@@ -162,6 +198,7 @@ def test_mistakes_are_told(
     assert "no such program" in error_of(capsys, 2, checkpoint, "--llama-bench", tmp_path)
     assert "unknown preset" in error_of(capsys, 2, "preset:nanno")
     assert "no such folder" in error_of(capsys, 1, tmp_path / "none")
+    assert "`l4 quantize`" in error_of(capsys, 2, checkpoint, "--format", "int4")
     assert "roofline" in error_of(capsys, 1, "preset:behemoth", "--what", "decode")
 
 

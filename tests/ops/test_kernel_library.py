@@ -13,6 +13,7 @@ import torch
 
 import src_kernels.cpu as kernels
 from l4cli.ops import weight_only
+from l4cli.ops.choice import Op
 from src_kernels.cpu import compiling
 
 needs_compiler = pytest.mark.skipif(compiling.compiler() is None, reason="no C++ compiler")
@@ -57,13 +58,16 @@ def test_without_the_library_torch_answers_and_says_so_once(
 ) -> None:
     weight, x = torch.randn(20, 64).bfloat16(), torch.randn(2, 3, 64)
     packed, layout = weight_only.lay_out_values(weight), weight_only.Layout("bf16", 20, 64)
+    versions = weight_only.WEIGHT_ONLY.versions
+    monkeypatch.setattr(weight_only, "WEIGHT_ONLY", Op("weight_only_linear", versions))
     monkeypatch.setattr(kernels, "load", lambda: "no C++ compiler found")
     weight_only.why_not.cache_clear()
     try:
         for _ in range(3):
             y = weight_only.linear(x, packed, layout)
             assert torch.equal(y, x @ weight.float().T)
-        assert weight_only.version() == ("reference", "no C++ compiler found")
+        chosen, reason = weight_only.WEIGHT_ONLY.choose(x.device, x.dtype)
+        assert (chosen.name, reason) == ("reference", "not `cpp`: no C++ compiler found")
     finally:
         weight_only.why_not.cache_clear()
     assert capsys.readouterr().err.count("no C++ compiler found") == 1
