@@ -1,12 +1,14 @@
 """Rows of text to measure a model on: from a token stream or from packed shards.
 
 in: a `.tokens` file or a folder of shards; out: `TextRows`, batches of whole rows
-A stream's documents are laid end to end and cut, as many tokens as are asked for. Rows with
+A stream's documents are laid end to end and cut. Where there is more text than asked for, rows
+are taken from all over it (of a stream: of its beginning), as neighbours are alike. Rows with
 pictures are passed over: what is measured here is the text half.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from l4cli.ops.batch import Batch
 
 ROW_TOKENS = 2048  # of a row cut from a stream
 _BATCH_TOKENS = 8192
+_SPREAD = 16  # how much of a stream is read, times what is asked for
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class TextRows:
 def read_text_rows(
     path: Path, num_tokens: int | None, what: str, row_tokens: int = ROW_TOKENS
 ) -> TextRows:
-    """Read the first `num_tokens` (None: all) of a stream, in rows of `row_tokens`, or of shards.
+    """Read `num_tokens` (None: all) of a stream, in rows of at most `row_tokens`, or of shards.
 
     `what` begins the error. raises: L4Error when there are fewer, or none
     """
@@ -73,8 +76,9 @@ def read_text_rows(
 
 def _of_shards(path: Path, num_tokens: int | None) -> TextRows:
     shards = ShardSet.open(path)
-    rows, total = [], 0
-    for number in range(shards.num_rows):
+    rows: list[Row] = []
+    total = 0
+    for number in _spread(shards.num_rows, _num_rows(num_tokens, shards.seq_len)):
         if num_tokens is not None and total >= num_tokens:
             break
         row = shards.row(number)
@@ -82,6 +86,17 @@ def _of_shards(path: Path, num_tokens: int | None) -> TextRows:
             rows.append(row)
             total += int(np.count_nonzero(row.document_ids))
     return TextRows(path, rows, shards.geometry, shards.fingerprint)
+
+
+def _num_rows(num_tokens: int | None, row_tokens: int) -> int | None:
+    return None if num_tokens is None else -(-num_tokens // row_tokens)
+
+
+def _spread(num_rows: int, wanted: int | None) -> Iterator[int]:
+    """All rows, in an order whose first `wanted` lie all over."""
+    step = 1 if wanted is None else max(1, num_rows // wanted)
+    for first in range(step):
+        yield from range(first, num_rows, step)
 
 
 def _of_stream(path: Path, num_tokens: int | None, row_tokens: int) -> TextRows:
@@ -99,7 +114,7 @@ def _of_stream(path: Path, num_tokens: int | None, row_tokens: int) -> TextRows:
                         total += len(tokens)
                     goes_on = frame.is_open and i == frame.num_documents - 1
                     document += int(not goes_on)
-                if num_tokens is not None and total >= num_tokens:
+                if num_tokens is not None and total >= _SPREAD * num_tokens:
                     break
             header = stream.header
     except OSError as error:
@@ -120,17 +135,23 @@ def _cut(parts: list[tuple[np.ndarray, int]], num_tokens: int | None, row_tokens
     """Lay documents end to end and cut rows; the last one is filled with padding."""
     if not parts:
         return []
-    tokens = np.concatenate([part for part, _ in parts])[:num_tokens]
-    numbers = np.concatenate([np.full(len(part), number) for part, number in parts])[:num_tokens]
+    tokens = np.concatenate([part for part, _ in parts])
+    numbers = np.concatenate([np.full(len(part), number) for part, number in parts])
     length = min(row_tokens, len(tokens))
-    rows = []
-    for start in range(0, len(tokens), length):
-        ids = np.zeros(length, np.uint32)
-        documents = np.zeros(length, np.int32)
-        part = numbers[start : start + length]
-        ids[: len(part)] = tokens[start : start + length]
-        # 1, 2, ... within the row, as in shards.
-        documents[: len(part)] = np.cumsum(np.diff(part, prepend=part[0]) != 0) + 1
-        none = np.zeros(0, np.int64)
-        rows.append(Row(ids, documents, None, [], none, np.zeros((0, 2), np.int32)))
-    return rows
+    wanted = _num_rows(num_tokens, row_tokens)
+    if num_tokens is not None and wanted is not None:
+        length = min(-(-num_tokens // wanted), len(tokens))  # rows alike, and no more than asked
+    starts = range(0, len(tokens), length)
+    rows = [_row(tokens[i : i + length], numbers[i : i + length], length) for i in starts]
+    if wanted is None or len(tokens) < length * wanted:
+        return rows
+    whole = len(tokens) // length
+    return [rows[i] for i in itertools.islice(_spread(whole, wanted), wanted)]
+
+
+def _row(tokens: np.ndarray, numbers: np.ndarray, length: int) -> Row:
+    ids, documents = np.zeros(length, np.uint32), np.zeros(length, np.int32)
+    ids[: len(tokens)] = tokens
+    # 1, 2, ... within the row, as in shards.
+    documents[: len(tokens)] = np.cumsum(np.diff(numbers, prepend=numbers[0]) != 0) + 1
+    return Row(ids, documents, None, [], np.zeros(0, np.int64), np.zeros((0, 2), np.int32))

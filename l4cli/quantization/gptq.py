@@ -5,7 +5,7 @@ source: Frantar et al. 2023, GPTQ (arXiv 2210.17323); static groups as in its au
 
 Input by input a column is rounded, and its error is made good by the columns still to come.
 Scales are searched before, in the order of the file, so that the order of rounding leaves no
-trace in it.
+trace in it. What is left is settled afterwards (`settling`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from l4cli.quantization.formats import QuantizedWeight, WeightFormat
 from l4cli.quantization.hessian import Factor, Hessian
 from l4cli.quantization.rounding import (
+    SCALE_DTYPE,
     code_range,
     round_weight,
     scale_shape,
@@ -26,6 +27,7 @@ from l4cli.quantization.rounding import (
     stored_scale,
     to_groups,
 )
+from l4cli.quantization.settling import settle
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 _BLOCK = 128  # inputs whose effect on the ones after them is applied at once
@@ -49,6 +51,7 @@ def calibrate_weight(
     *,
     damping: float = DAMPING,
     searches: bool = True,
+    settles: bool = True,
 ) -> Calibrated:
     """Quantize one weight; `factor` is H's, for maps that share their inputs."""
     weight_OI = weight_OI.to(hessian.matrix.device, torch.float32)
@@ -59,12 +62,9 @@ def calibrate_weight(
     else:
         scale, zero = _scales(weight_OI, format, hessian.importance, searches)
         codes = _codes(weight_OI, format, scale, zero, factor)
-        quantized = QuantizedWeight(
-            format,
-            codes,
-            scale.to(torch.bfloat16),
-            None if zero is None else zero.to(torch.int8),
-        )
+        quantized = _stored(format, codes, scale, zero)
+        if settles and format.name != "fp8":
+            quantized = settle(weight_OI, hessian, quantized, factor.damping)
     return Calibrated(quantized, relative_error(weight_OI, quantized, hessian), factor.note)
 
 
@@ -74,6 +74,13 @@ def relative_error(weight_OI: Tensor, quantized: QuantizedWeight, hessian: Hessi
     signal = hessian.error(weight_OI)
     difference = hessian.error(weight_OI - quantized.dequantize().to(weight_OI.device))
     return difference / signal if signal > 0 else 0.0
+
+
+def _stored(
+    format: WeightFormat, codes: Tensor, scale: Tensor, zero: Tensor | None
+) -> QuantizedWeight:
+    zero = None if zero is None else zero.to(torch.int8)
+    return QuantizedWeight(format, codes, scale.to(SCALE_DTYPE), zero)
 
 
 def _scales(

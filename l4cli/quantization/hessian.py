@@ -52,6 +52,7 @@ class Factor:
         matrix = hessian.matrix.double()
         diagonal = matrix.diagonal().clone()
         self.note = ""
+        self.damping = damping  # that made it invertible, of the mean diagonal
         self.upper: Tensor | None = None
         # The loudest first: their errors can still be made good by all the others.
         self.order = diagonal.argsort(descending=True, stable=True)
@@ -67,6 +68,7 @@ class Factor:
         matrix = matrix[self.order][:, self.order]
         while self.upper is None and damping <= MAX_DAMPING:
             self.upper = _inverse_factor(matrix, damping * mean)
+            self.damping = damping
             if self.upper is None:
                 damping *= 10
                 self.note = f"singular, damped by {damping:g}"

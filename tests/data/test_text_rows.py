@@ -46,12 +46,17 @@ def test_a_stream_is_cut_into_rows(tmp_path: Path) -> None:
         assert set(begins) == {end for end in ends if 500 * i < end < 500 * i + len(numbers)}
 
 
-def test_only_as_many_tokens_as_asked_for(tmp_path: Path) -> None:
+def test_as_many_tokens_as_asked_for_from_all_over(tmp_path: Path) -> None:
     frames = [text_frame(0, 60), text_frame(1, 60)]
     path = write_stream(tmp_path / "x.tokens", *frames)
     found = read_text_rows(path, 700, "cannot use", 500)
     assert found.num_tokens == 700
-    assert np.array_equal(tokens_of(found), np.concatenate(documents_of(*frames))[:700])
+    everything = np.concatenate(documents_of(*frames))
+    num_rows = len(everything) // 350
+    assert num_rows > 4
+    second = num_rows // 2 * 350
+    expected = [everything[:350], everything[second : second + 350]]
+    assert np.array_equal(tokens_of(found), np.concatenate(expected))
     short = read_text_rows(path, 100, "cannot use")
     assert [len(row.input_ids) for row in short.rows] == [100]
     assert ROW_TOKENS > 100
@@ -84,6 +89,11 @@ def test_shards_keep_their_rows(tmp_path: Path) -> None:
     make_shards(tmp_path / "shards", text_frame(0, 80), seq_len=64)
     found = read_text_rows(tmp_path / "shards", 200, "cannot use")
     assert 200 <= found.num_tokens < 200 + 64
+    everything = read_text_rows(tmp_path / "shards", None, "cannot use").rows
+    step = len(everything) // 4
+    assert step > 1
+    for i, row in enumerate(found.rows):
+        assert np.array_equal(row.input_ids, everything[i * step].input_ids)
     batches = found.batches(16)
     assert torch.equal(
         torch.cat([batch.input_ids for batch in batches]),

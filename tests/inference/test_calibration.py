@@ -220,3 +220,19 @@ def test_states_may_lie_in_a_file(tmp_path, checkpoint) -> None:
     with TextWalk(checkpoint, data) as walk:
         walk.pass_layer(0)
         assert torch.equal(walk.hidden_MD, mapped)
+
+
+def test_one_layer_is_here_at_a_time(checkpoint) -> None:
+    with TextWalk(checkpoint, batches(2)) as walk:
+        stages = CalibrationWalk(walk)
+        for layer_idx in (0, 3):
+            wanted = names_of_layer(walk.model, layer_idx)
+            for _ in stages.layer(layer_idx, wanted):
+                here = {
+                    i
+                    for i, layer in enumerate(walk.text.layers)
+                    if not all(weight.is_meta for weight in layer.parameters())
+                }
+                assert here == {layer_idx}
+        stages.finish()
+        assert all(weight.is_meta for weight in walk.text.layers.parameters())

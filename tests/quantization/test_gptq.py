@@ -10,6 +10,7 @@ from l4cli.quantization import QuantizedWeight, WeightFormat, round_weight
 from l4cli.quantization.gptq import DAMPING, calibrate_weight, relative_error
 from l4cli.quantization.hessian import Factor, Hessian
 from l4cli.quantization.rounding import code_range
+from l4cli.quantization.settling import settle
 
 FORMATS = [
     WeightFormat("int4", 32),
@@ -60,20 +61,46 @@ def _is_fp8(made: QuantizedWeight) -> bool:
 def test_equals_the_plain_loop(format: WeightFormat) -> None:
     # 256 inputs: two blocks of lazy updates.
     weight, hessian = problem(24, 256)
-    made = calibrate_weight(weight, hessian, format).weight
+    made = calibrate_weight(weight, hessian, format, settles=False).weight
     assert torch.equal(made.codes.double(), plain_codes(weight, hessian, made))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_beats_rounding_with_the_same_scales(format: WeightFormat) -> None:
     weight, hessian = problem(48, 256, seed=1)
-    made = calibrate_weight(weight, hessian, format)
+    made = calibrate_weight(weight, hessian, format, settles=False)
     importance = hessian.importance
     rounded = round_weight(weight, format, searches=True, importance=importance)
     assert torch.equal(made.weight.scale, rounded.scale)
     assert made.error < 0.8 * relative_error(weight, rounded, hessian)
     plain = relative_error(weight, round_weight(weight, format), hessian)
     assert made.error < 0.6 * plain
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.name != "fp8"], ids=str)
+def test_settling_errs_less(format: WeightFormat) -> None:
+    weight, hessian = problem(6, 256, seed=2)
+    before = calibrate_weight(weight, hessian, format, settles=False)
+    made = calibrate_weight(weight, hessian, format)
+    assert made.error < 0.98 * before.error
+    matrix = hessian.matrix.double()
+    damped = matrix + DAMPING * matrix.diagonal().mean() * torch.eye(256)
+
+    def errors(quantized: QuantizedWeight) -> Tensor:
+        difference = quantized.dequantize().double() - weight
+        return ((difference @ damped) * difference).sum(1)
+
+    assert bool((errors(made.weight) <= errors(before.weight) * (1 + 1e-6)).all())
+    # More rounds go on falling, as descent does.
+    again = settle(weight, hessian, made.weight, DAMPING)
+    assert bool((errors(again) <= errors(made.weight) * (1 + 1e-6)).all())
+    # The last column was chosen beside all others as they are: no other code serves better.
+    least, greatest = code_range(format)
+    for step in (-1, 1):
+        codes = made.weight.codes.clone()
+        codes[:, -1] = (codes[:, -1].int() + step).clamp(least, greatest).to(torch.int8)
+        other = QuantizedWeight(format, codes, made.weight.scale, made.weight.zero)
+        assert bool((errors(other) >= errors(made.weight) * (1 - 1e-6)).all())
 
 
 def test_error_is_that_of_the_outputs() -> None:
@@ -93,7 +120,7 @@ def test_independent_inputs_leave_nothing_to_make_good() -> None:
     weight, hessian = problem(16, 64)
     hessian.matrix = hessian.matrix.diagonal().diag()
     format = WeightFormat("int4", 32)
-    made = calibrate_weight(weight, hessian, format).weight
+    made = calibrate_weight(weight, hessian, format, settles=False).weight
     rounded = round_weight(weight, format, searches=True, importance=hessian.importance)
     assert torch.equal(made.codes, rounded.codes)
 
