@@ -28,6 +28,7 @@ _PLACES = (
     ("swiglu", "SWIGLU"),
     ("moe", "ROUTED_EXPERTS"),
     ("fp8", "FP8_EXPERTS"),
+    ("int4_experts", "INT4_EXPERTS"),
     ("attention", "SEGMENT_ATTENTION"),
     ("attention", "FULL_ATTENTION"),
     ("parts_attention", "ATTEND_PARTS"),
@@ -86,6 +87,11 @@ class Op:
         if run is None:
             run = self._chosen[key] = self.choose(x.device, x.dtype)[0].load()
         return run
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any version has run in this process."""
+        return bool(self._chosen)
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> tuple[Version, str]:
         """A version, and why no faster one. raises: UsageError when the forced one cannot run"""
