@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l4cli.inference.kept import Part, load
+from l4cli.inference.kept import Part, load, part_tensors
+from l4cli.ops.parts_attention import Summed, attend_parts, attention, splits_keys
 
 SHORT_RUN = 512  # up to here explicit products beat torch's fused CPU kernel (read_speed.py)
 SCORES = 2**20  # of those held at once
-
-Summed = tuple[Tensor, Tensor]  # a softmax's output and the log of its denominator
 
 
 def attend_to_all(q_1NH: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -26,8 +25,8 @@ def attend_to_all(q_1NH: Tensor, parts: Sequence[Part]) -> Tensor:
 
     shapes: q_1NH -> out_1NH
     """
-    if len(parts) > 1:
-        out_KRH, _ = attend_rows(as_rows(q_1NH, load(parts[-1], q_1NH.dtype)[0].shape[0]), parts)
+    if len(parts) > 1 or splits_keys(q_1NH):
+        out_KRH, _ = attend_rows(as_rows(q_1NH, part_tensors(parts[-1])[0].shape[0]), parts)
         return as_heads(out_KRH, q_1NH)
     keys_KSH, values_KSH = load(parts[0], q_1NH.dtype)
     # The heads of a group are the rows of one product: keys are read once, not once a head.
@@ -95,7 +94,7 @@ def attend_after(
 def attend_within(q_CTNH: Tensor, k_CTKH: Tensor, v_CTKH: Tensor) -> Summed:
     """Attend inside runs, causally. shapes: -> out_CTNH, log-sum-exp_CTN"""
     q, k, v, wide = _by_group(q_CTNH, k_CTKH, v_CTKH)
-    out, lse = _attention(q, k, v, is_causal=True)
+    out, lse = attention(q, k, v, is_causal=True)
     lse_CTN = lse.reshape(wide[:-1]).permute(0, 3, 2, 1).flatten(2)
     return _from_groups(out, wide, q_CTNH), lse_CTN
 
@@ -125,13 +124,7 @@ def attend_rows(q_KRH: Tensor, parts: Sequence[Part], before: Summed | None = No
 
     shapes: -> out_KRH fp32, log-sum-exp_KR fp32
     """
-    merged = before
-    for part in parts:
-        keys_KSH, values_KSH = load(part, q_KRH.dtype)
-        out, lse = _attention(q_KRH[None], keys_KSH[None], values_KSH[None])
-        merged = (out[0], lse[0]) if merged is None else merge(merged, (out[0], lse[0]))
-    assert merged is not None
-    return merged[0].float(), merged[1]
+    return attend_parts(q_KRH, parts, before)
 
 
 def as_rows(q_TNH: Tensor, num_kv_heads: int) -> Tensor:
@@ -144,39 +137,3 @@ def as_heads(out_KRH: Tensor, like_TNH: Tensor) -> Tensor:
     """`as_rows` undone, in the queries' dtype."""
     out_KTGH = out_KRH.unflatten(1, (len(like_TNH), -1))
     return out_KTGH.transpose(0, 1).reshape(like_TNH.shape).to(like_TNH.dtype)
-
-
-def merge(one: Summed, other: Summed) -> Summed:
-    """Join softmaxes over disjoint keys, each weighted by its share of the whole sum."""
-    (out, lse), (more, more_lse) = one, other
-    joined = torch.logaddexp(lse, more_lse)
-    share, rest = ((x - joined).exp().unsqueeze(-1) for x in (lse, more_lse))
-    return torch.addcmul(out * share, more, rest), joined
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Summed:
-    """Attention and the log of its softmax's denominator (fp32).
-
-    shapes: [B, heads, rows, H] -> the same, [B, heads, rows]
-    """
-    aten = torch.ops.aten
-    # PyTorch's public call hides the log-sum-exp; the operators behind it return it.
-    if q.device.type == "cpu" and hasattr(aten, "_scaled_dot_product_flash_attention_for_cpu"):
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[:2]
-    if q.device.type == "cuda":
-        efficient = aten._scaled_dot_product_efficient_attention
-        out, lse = efficient(q, k, v, None, True, 0.0, is_causal)[:2]
-        return out, lse[..., : q.shape[2]]  # its sums are padded
-    return reference_attention(q, k, v, is_causal)
-
-
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Summed:
-    """What `_attention` promises, written out in fp32."""
-    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
-    if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    lse = scores.logsumexp(-1)
-    return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), lse

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l4cli.inference.attention import Summed, _attention, attend_rows, merge
+from l4cli.inference.attention import attend_rows
 from l4cli.inference.kept import PAGE, Part, Plain, load, num_tokens, page_tokens
+from l4cli.ops.parts_attention import Summed, attention, merge
 
 _MEASURED = 16  # of so many blocks of queries one is also attended exactly
 _MOST_POSITIONS = 64  # that choose their pages together
@@ -118,7 +119,7 @@ def _attend_chosen(q_KRH: Tensor, sealed: Sequence[Part], topk: int, pages: Page
             for i in owners.unique().tolist()
         ]
         keys, values = (torch.cat(tensors) for tensors in zip(*found, strict=True))
-        outs.append(_attention(q_KRH[None, head, None], keys[None, None], values[None, None]))
+        outs.append(attention(q_KRH[None, head, None], keys[None, None], values[None, None]))
     out_KRH = torch.cat([out[0] for out, _ in outs]).float()
     return out_KRH, torch.cat([lse[0] for _, lse in outs])
 

@@ -31,6 +31,7 @@ _PLACES = (
     ("int4_experts", "INT4_EXPERTS"),
     ("attention", "SEGMENT_ATTENTION"),
     ("attention", "FULL_ATTENTION"),
+    ("parts_attention", "ATTEND_PARTS"),
     ("packed_linear", "PACKED_LINEAR"),
     ("cross_entropy", "LINEAR_CROSS_ENTROPY"),
     ("cross_entropy", "TOKEN_LOSSES"),

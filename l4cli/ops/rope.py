@@ -130,7 +130,12 @@ def _in_place(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
 def _load_triton() -> Callable[..., Tensor]:
     from src_kernels.cuda import rotate as kernels
 
-    return kernels.rotate_unit
+    def one_pass(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:
+        if math.prod(kernels.block_sizes(*x_BTNH.shape[2:])) > kernels.MAX_POSITION:
+            return _in_place(x_BTNH, turn_BTH, eps)
+        return kernels.rotate_unit(x_BTNH, turn_BTH, eps)
+
+    return one_pass
 
 
 def reference_rotate_unit(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tensor:

@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_HEADS = 128  # of a position: they lie in registers together
-MAX_HEAD_DIM = 256
+MAX_POSITION = 32768  # numbers of a position, each size rounded up to a power of two
 
 
 @triton.jit
-def _turned(x, turn, is_real, BACK: tl.constexpr):
+def _turned(x, turn, BACK: tl.constexpr):
     """Pairs times their turn, or turned back. shapes: x [heads, H], turn [H] (cos, sin in turn)"""
     heads: tl.constexpr = x.shape[0]
     half: tl.constexpr = x.shape[1] // 2
@@ -46,7 +45,7 @@ def rotate_forward(
     values = tl.load(x + at, mask=is_real, other=0.0).to(tl.float32)
     by = tl.load(turn + batch * turn_batch + time * turn_row + dims, dims < head_dim, other=0.0)
     scale = tl.rsqrt(tl.sum(values * values, 1) / head_dim + eps)
-    turned = _turned(values, by, is_real, False) * scale[:, None]
+    turned = _turned(values, by, False) * scale[:, None]
     to = (row * num_heads + heads) * head_dim + dims[None, :]
     tl.store(out + to, turned.to(out.dtype.element_ty), mask=is_real)
 
@@ -67,7 +66,7 @@ def rotate_backward(
     up = tl.load(grad + to, mask=is_real, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 1) / head_dim + eps)[:, None]
     # The turn is orthogonal up to its length: its transpose is the turn back.
-    up = _turned(up, by, is_real, True)
+    up = _turned(up, by, True)
     normed = values * scale
     along = tl.sum(up * normed, 1)[:, None] / head_dim
     tl.store(dx + to, ((up - normed * along) * scale).to(dx.dtype.element_ty), mask=is_real)
@@ -90,6 +89,11 @@ class _RotateUnit(torch.autograd.Function):
         return dx_BTNH, None, None
 
 
+def block_sizes(num_heads: int, head_dim: int) -> tuple[int, int]:
+    """All heads of a position lie in registers together."""
+    return triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+
+
 def _launch(
     kernel: Any, x_BTNH: Tensor, turn_BTH: Tensor, more: tuple[Tensor, ...], eps: float
 ) -> None:
@@ -98,7 +102,7 @@ def _launch(
     if not x_BTNH.numel():
         return
     pairs = torch.view_as_real(turn_BTH).flatten(-2)
-    block_n, block_h = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+    block_n, block_h = block_sizes(num_heads, head_dim)
     kernel[(batch * length,)](
         x_BTNH, pairs, *more, length, *x_BTNH.stride()[:3], pairs.stride(0), pairs.stride(1),
         num_heads, head_dim, eps, block_n, block_h,

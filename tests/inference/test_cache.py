@@ -8,7 +8,8 @@ from tiny_llama4 import CHUNK, full_logits, random_ids, text_model
 
 from l4cli.errors import L4Error
 from l4cli.inference import Cache, CacheBatch, CacheOptions, Engine
-from l4cli.inference.attention import _attention, attend_causally, reference_attention
+from l4cli.inference.attention import attend_causally
+from l4cli.ops.parts_attention import attention, reference_attention
 
 
 def test_every_prefix_length_around_chunk_borders():
@@ -164,7 +165,7 @@ def test_a_cache_that_lost_a_layer_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_and_its_log_sum_exp(is_causal, dtype):
     q, k, v = torch.randn(3, 2, 4, 33, 16, dtype=dtype)
-    out, lse = _attention(q, k, v, is_causal)
+    out, lse = attention(q, k, v, is_causal)
     expected, expected_lse = reference_attention(q, k, v, is_causal)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)

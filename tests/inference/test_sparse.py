@@ -8,9 +8,10 @@ from tiny_llama4 import full_logits, random_ids, text_model
 
 from l4cli.errors import UsageError
 from l4cli.inference import CacheOptions, Engine
-from l4cli.inference.attention import attend_rows, reference_attention
+from l4cli.inference.attention import attend_rows
 from l4cli.inference.kept import KEY_GROUP, PAGE, Packed, load, page_tokens
 from l4cli.inference.sparse import Pages, Recall, attend_pages
+from l4cli.ops.parts_attention import reference_attention
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from triton_oracles import assert_close_to_fp64, assert_near, normal
 
 repair_interpreter()
 
+from l4cli.inference.kept import KEY_GROUP, Packed  # noqa: E402
 from l4cli.ops.attention import SEGMENT_ATTENTION, plan_attention  # noqa: E402
+from l4cli.ops.parts_attention import ATTEND_PARTS  # noqa: E402
 from src_kernels.cuda import decode, segments  # noqa: E402
 from src_kernels.cuda.segments import Blocks, Sizes  # noqa: E402
 
@@ -230,3 +232,45 @@ def test_parts_with_room_to_grow_and_in_another_dtype() -> None:
     out, _ = decode.attend_parts(q, [decode.Part(0, keys, values)], span=64)
     want, _ = exact_softmax(q, keys.bfloat16(), values.bfloat16(), None)
     assert_near(out, want, 2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_parts_in_codes_as_a_cache_keeps_them(bits: int, dtype: torch.dtype) -> None:
+    """Packed and plain parts in one call, against what the cache itself unpacks, in fp64."""
+    head_dim = 24
+    packed = Packed.of(normal(2, 2 * KEY_GROUP, head_dim), normal(2, 2 * KEY_GROUP, head_dim), bits)
+    packed.append(Packed.of(normal(2, KEY_GROUP, head_dim), normal(2, KEY_GROUP, head_dim), bits))
+    newest = (normal(2, 5, head_dim, seed=3), normal(2, 5, head_dim, seed=4))
+    q = normal(2, 3, head_dim, seed=9).to(dtype)
+    factor_R = torch.tensor([1.0, 1.3, 0.7])
+    run = ATTEND_PARTS.named("triton").load()
+    out, lse = run(q, [packed, newest], None, factor_R)
+    parts = [packed.load(torch.float32), newest]
+    keys, values = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+    want, want_lse = exact_softmax(q, keys, values, factor_R)
+    assert_near(out, want, 1e-6 if dtype == torch.float32 else 2**-7)
+    assert_near(lse, want_lse, 1e-6 if dtype == torch.float32 else 2**-9)
+
+
+def test_every_version_of_the_door_gives_the_same() -> None:
+    q, keys = normal(2, 3, 16, seed=9), normal(2, 40, 16, seed=1)
+    seen = (normal(2, 3, 16), normal(2, 3))
+    factor_R = torch.tensor([1.0, 1.3, 0.7])
+    results = [
+        version.load()(q, [(keys[:, :9], keys[:, :9]), (keys, keys)], seen, factor_R)
+        for version in ATTEND_PARTS.versions
+    ]
+    for out, lse in results[1:]:
+        assert_near(results[0][0], out, 1e-6)
+        assert_near(results[0][1], lse, 1e-6)
+
+
+def test_decoding_goes_through_the_door() -> None:
+    """One token and one part too, where the version splits keys."""
+    from l4cli.inference import attention
+
+    q, keys, values = normal(1, 6, 16, seed=9), normal(2, 40, 16, seed=1), normal(2, 40, 16)
+    out = attention.attend_to_all(q, [(keys, values)])
+    want, _ = exact_softmax(q.view(2, 3, 16), keys, values, None)
+    assert_near(out, want.reshape(1, 6, 16), 1e-6)
