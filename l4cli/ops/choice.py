@@ -111,6 +111,8 @@ class Op:
             if version.for_tests_on_cpu and device.type == "cpu":
                 why = "for CUDA; on a CPU only when forced"
             if why is None:
+                if given != AUTO and given == _wishes()[0]:
+                    refusals.insert(0, f"it has no version `{given}`")
                 return version, "; ".join(refusals) or "the fastest there is"
             refusals.append(f"not `{version.name}`: {why}")
         raise AssertionError(f"`{self.name}` has no version that always runs")
@@ -137,7 +139,7 @@ def forced(op: Op) -> tuple[str, str]:
     bare, by_op = _wishes()
     if op.name in by_op:
         return by_op[op.name], f"{op.name}={by_op[op.name]}"
-    return (bare, bare) if op.has(bare) else (AUTO, AUTO)
+    return (bare if op.has(bare) else AUTO), bare
 
 
 def is_reference_forced() -> bool:

@@ -34,7 +34,7 @@ def three_steps(folder: Path, **variables: str) -> dict[str, Any]:
     importlib.util.find_spec("triton") is None, reason="the package `triton` is not installed"
 )
 def test_three_steps_of_nano(tmp_path: Path) -> None:
-    """fp32, 96 tokens a step, packed documents of ragged lengths, two sparse layers."""
+    """fp32, a row of two documents and padding, two sparse layers."""
     plain = three_steps(tmp_path / "plain", L4_OPS="reference")
     triton = three_steps(tmp_path / "triton", L4_OPS="triton", TRITON_INTERPRET="1")
     assert {name for name, version in triton["used"].items() if version == "triton"} >= IN_TRITON

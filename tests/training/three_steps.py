@@ -1,8 +1,8 @@
 """Train a narrow `nano` (its text half) for three steps in fp32 and print what happened.
 
 usage: python tests/training/three_steps.py FOLDER
-Run by `test_triton_training.py`, with `L4_OPS` and perhaps `TRITON_INTERPRET` set. Layers, experts,
-heads and positions are nano's; widths and the vocabulary are cut for the interpreter's sake.
+Run by `test_triton_training.py`, with `L4_OPS` and perhaps `TRITON_INTERPRET` set. Layers, experts
+and positions are nano's; widths, heads and the vocabulary are cut for the interpreter's sake.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from triton_harness import repair_interpreter
 
 from l4cli.checkpoint import RunFolder
 from l4cli.model import Llama4Config, build_model, load_preset
+from l4cli.ops.batch import Batch
 from l4cli.ops.choice import all_ops
 from l4cli.training.balance import Balance, BalanceOptions
 from l4cli.training.loop import Loop, LoopOptions
@@ -30,8 +31,15 @@ from l4cli.training.trainee import Trainee
 NUM_STEPS = 3
 NARROW = {
     **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 64},
-    **{"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
+
+
+class OneRow(CountingSource):
+    """Every step the same row: documents of 13 and 5 tokens, then padding."""
+
+    def next(self) -> list[Batch]:
+        return super().next()[2:3]
 
 
 def main(folder: Path) -> None:
@@ -52,8 +60,9 @@ def main(folder: Path) -> None:
             Balance(sparse, text.num_local_experts, BalanceOptions("both")),
         )
         options = LoopOptions(NUM_STEPS, log_every=1)
+        source = OneRow(1, seq_len=20, is_constant=True)
         device = torch.device("cpu")
-        Loop([trainee], CountingSource(is_constant=True), LanguageModel(), options, device).run()
+        Loop([trainee], source, LanguageModel(), options, device).run()
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if "loss" in event]
     used = {op.name: op.choose(device, torch.float32)[0].name for op in all_ops() if op.is_used}
