@@ -153,8 +153,9 @@ def _load_triton() -> Callable[..., Tensor]:
         if sizes not in plan.tiles:
             where = (plan.starts, plan.lengths, plan.num_positions)
             plan.tiles[sizes] = kernels.make_tiles(*where, sizes, q_BTNH.device)
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH))
-        return kernels.segment_attention(*flat, plan.tiles[sizes], sizes).view(q_BTNH.shape)
+        q_MNH, k_MKH, v_MKH = (x.reshape(-1, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH))
+        out_MNH = kernels.segment_attention(q_MNH, k_MKH, v_MKH, plan.tiles[sizes], sizes)
+        return out_MNH.view(q_BTNH.shape)
 
     return in_tiles
 

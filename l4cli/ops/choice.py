@@ -28,6 +28,7 @@ _PLACES = (
     ("swiglu", "SWIGLU"),
     ("moe", "ROUTED_EXPERTS"),
     ("fp8", "FP8_EXPERTS"),
+    ("int4_experts", "INT4_EXPERTS"),
     ("attention", "SEGMENT_ATTENTION"),
     ("attention", "FULL_ATTENTION"),
     ("parts_attention", "ATTEND_PARTS"),
@@ -88,6 +89,11 @@ class Op:
             run = self._chosen[key] = self.choose(x.device, x.dtype)[0].load()
         return run
 
+    @property
+    def is_used(self) -> bool:
+        """Whether any version has run in this process."""
+        return bool(self._chosen)
+
     def choose(self, device: torch.device, dtype: torch.dtype) -> tuple[Version, str]:
         """A version, and why no faster one. raises: UsageError when the forced one cannot run"""
         name, given = forced(self)
@@ -106,6 +112,8 @@ class Op:
             if version.for_tests_on_cpu and device.type == "cpu":
                 why = "for CUDA; on a CPU only when forced"
             if why is None:
+                if given != AUTO and given == _wishes()[0]:
+                    refusals.insert(0, f"it has no version `{given}`")
                 return version, "; ".join(refusals) or "the fastest there is"
             refusals.append(f"not `{version.name}`: {why}")
         raise AssertionError(f"`{self.name}` has no version that always runs")
@@ -132,7 +140,7 @@ def forced(op: Op) -> tuple[str, str]:
     bare, by_op = _wishes()
     if op.name in by_op:
         return by_op[op.name], f"{op.name}={by_op[op.name]}"
-    return (bare, bare) if op.has(bare) else (AUTO, AUTO)
+    return (bare if op.has(bare) else AUTO), bare
 
 
 def is_reference_forced() -> bool:

@@ -128,8 +128,9 @@ class _TokenLosses(torch.autograd.Function):
         num_cols, tile = len(cast_VD), options(h_MD.dtype)
         scales_M = grads[0].float().contiguous()
         # Many blocks add to it: in fp32, or the sum is rounded once a block.
+        needs_dh, needs_dweight = ctx.needs_input_grad[:2]
         dh_MD = torch.zeros(h_MD.shape, dtype=torch.float32, device=h_MD.device)
-        dweight_VD = torch.empty_like(weight_VD)
+        dweight_VD = torch.empty_like(weight_VD) if needs_dweight else None
         width = max(1, ctx.most // max(1, num_rows)) // tile["BLOCK_V"] * tile["BLOCK_V"]
         width = min(max(width, tile["BLOCK_V"]), num_cols)
         buffer = h_MD.new_empty(num_rows, width)
@@ -142,9 +143,11 @@ class _TokenLosses(torch.autograd.Function):
                     h_MD, cast_VD, labels_M, lse_M, scales_M, grad_MV, first, num_rows,
                     grad_MV.shape[1], num_dims, h_MD.stride(0), cast_VD.stride(0), width, **tile,
                 )  # fmt: skip
-            dh_MD += grad_MV @ cast_VD[block]
-            dweight_VD[block] = grad_MV.T @ h_MD
-        return dh_MD.to(h_MD.dtype), dweight_VD, None, None
+            if needs_dh:
+                dh_MD += grad_MV @ cast_VD[block]
+            if dweight_VD is not None:
+                dweight_VD[block] = grad_MV.T @ h_MD
+        return dh_MD.to(h_MD.dtype) if needs_dh else None, dweight_VD, None, None
 
 
 def options(dtype: torch.dtype) -> dict[str, Any]:

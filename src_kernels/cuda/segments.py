@@ -110,10 +110,11 @@ def _forward_block(
 @triton.jit
 def segments_forward(
     q, k, v, out, lse, tiles, q_row, q_head, k_row, k_head, v_row, v_head, out_row,
-    num_positions, scale, group, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
+    num_positions, num_heads, scale, group, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, tile = tl.program_id(0), tl.program_id(1)
+    # Heads that share keys run side by side; one axis, because the others end at 65535.
+    head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     start = tl.load(tiles + tile * 3)
     length, first = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     rows = first + tl.arange(0, OWN)
@@ -166,11 +167,11 @@ def _dq_block(
 @triton.jit
 def segments_dq(
     q, k, v, out, grad, lse, delta, dq, tiles, q_row, q_head, k_row, k_head, v_row, v_head,
-    out_row, num_positions, scale, group, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
+    out_row, num_positions, num_heads, scale, group, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Also leaves delta = sum of grad * out of each row, which dk needs."""
-    head, tile = tl.program_id(0), tl.program_id(1)
+    head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     start = tl.load(tiles + tile * 3)
     length, first = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     rows = first + tl.arange(0, OWN)
@@ -232,11 +233,11 @@ def _dkv_block(
 @triton.jit
 def segments_dkv(
     q, k, v, grad, lse, delta, dk, dv, tiles, q_row, q_head, k_row, k_head, v_row, v_head,
-    out_row, kv_row, num_positions, scale, group, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
-    OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
+    out_row, kv_row, num_positions, num_heads, scale, group, HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All query heads of a group add up in one program: no atomics."""
-    kv_head, tile = tl.program_id(0), tl.program_id(1)
+    kv_head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     start = tl.load(tiles + tile * 3)
     length, first = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     keys = first + tl.arange(0, OWN)
@@ -283,10 +284,10 @@ class _SegmentAttention(torch.autograd.Function):
         out_MNH = _empty(q_MNH, tiles)
         lse_NM = q_MNH.new_empty(num_heads, num_positions, dtype=torch.float32)
         if len(tiles.by_queries):
-            segments_forward[(num_heads, len(tiles.by_queries))](
+            segments_forward[(num_heads * len(tiles.by_queries),)](
                 q_MNH, k_MKH, v_MKH, out_MNH, lse_NM, tiles.by_queries,
-                *_strides(q_MNH, k_MKH, v_MKH), out_MNH.stride(0), *_numbers(q_MNH, k_MKH),
-                **_options(q_MNH, sizes.forward),
+                *_strides(q_MNH, k_MKH, v_MKH), out_MNH.stride(0),
+                *_numbers(q_MNH, k_MKH, num_heads), **_options(q_MNH, sizes.forward),
             )  # fmt: skip
         ctx.save_for_backward(q_MNH, k_MKH, v_MKH, out_MNH, lse_NM)
         ctx.tiles, ctx.sizes = tiles, sizes
@@ -299,15 +300,16 @@ class _SegmentAttention(torch.autograd.Function):
         delta_NM = torch.empty_like(lse_NM)
         dq_MNH, dk_MKH, dv_MKH = (_empty(x, tiles) for x in (q_MNH, k_MKH, v_MKH))
         if len(tiles.by_queries):
-            strides, numbers = _strides(q_MNH, k_MKH, v_MKH), _numbers(q_MNH, k_MKH)
-            segments_dq[(q_MNH.shape[1], len(tiles.by_queries))](
+            strides = _strides(q_MNH, k_MKH, v_MKH)
+            by_query, by_key = (_numbers(q_MNH, k_MKH, x.shape[1]) for x in (q_MNH, k_MKH))
+            segments_dq[(q_MNH.shape[1] * len(tiles.by_queries),)](
                 q_MNH, k_MKH, v_MKH, out_MNH, grad_MNH, lse_NM, delta_NM, dq_MNH,
-                tiles.by_queries, *strides, out_MNH.stride(0), *numbers,
+                tiles.by_queries, *strides, out_MNH.stride(0), *by_query,
                 **_options(q_MNH, sizes.dq),
             )  # fmt: skip
-            segments_dkv[(k_MKH.shape[1], len(tiles.by_keys))](
+            segments_dkv[(k_MKH.shape[1] * len(tiles.by_keys),)](
                 q_MNH, k_MKH, v_MKH, grad_MNH, lse_NM, delta_NM, dk_MKH, dv_MKH, tiles.by_keys,
-                *strides, out_MNH.stride(0), dk_MKH.stride(0), *numbers,
+                *strides, out_MNH.stride(0), dk_MKH.stride(0), *by_key,
                 **_options(q_MNH, sizes.dkv),
             )  # fmt: skip
         return dq_MNH, dk_MKH, dv_MKH, None, None
@@ -323,9 +325,11 @@ def _strides(q_MNH: Tensor, k_MKH: Tensor, v_MKH: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in (q_MNH, k_MKH, v_MKH) for stride in x.stride()[:2])
 
 
-def _numbers(q_MNH: Tensor, k_MKH: Tensor) -> tuple[int, float, int]:
+def _numbers(q_MNH: Tensor, k_MKH: Tensor, heads: int) -> tuple[int, int, float, int]:
+    """For a kernel with a program for each tile of so many heads."""
     num_positions, num_heads, head_dim = q_MNH.shape
-    return num_positions, head_dim**-0.5 * math.log2(math.e), num_heads // k_MKH.shape[1]
+    scale = head_dim**-0.5 * math.log2(math.e)
+    return num_positions, heads, scale, num_heads // k_MKH.shape[1]
 
 
 def _options(q_MNH: Tensor, size: Blocks) -> dict[str, Any]:

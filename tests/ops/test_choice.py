@@ -73,6 +73,16 @@ def test_one_operation_can_be_forced_alone() -> None:
     assert {"swiglu:recomputed", "rms_norm:two-pass", "rotate_unit:reference"} <= set(shown)
 
 
+def test_an_operation_without_the_wanted_version_says_so() -> None:
+    shown = python(
+        "from l4cli.ops import describe\n"
+        "print(*(c.op + ':' + c.version + ':' + c.reason for c in describe()), sep='\\n')",
+        L4_OPS="two-pass",
+    ).stdout
+    assert "rms_norm:two-pass:forced by `L4_OPS=two-pass`\n" in shown
+    assert "full_attention:blocked:it has no version `two-pass`\n" in shown
+
+
 def test_every_operation_ends_in_a_reference_that_always_runs() -> None:
     for op in all_ops():
         last = op.versions[-1]

@@ -42,7 +42,7 @@ def segment_kernels(dtype: torch.dtype, head_dim: int, arch: int) -> list[Kernel
         signature = dict.fromkeys(names, pointer) | {"lse": "*fp32", "tiles": "*i32"}
         if name != "segments_forward":
             signature["delta"] = "*fp32"
-        signature |= dict.fromkeys([*own_strides, "num_positions", "group"], "i32")
+        signature |= dict.fromkeys([*own_strides, "num_positions", "num_heads", "group"], "i32")
         signature["scale"] = "fp32"
         constants = {
             "HEAD_DIM": head_dim,
