@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from l4cli.checkpoint.hf_keys import Piece
+from l4cli.checkpoint.reader import require_finite
 from l4cli.checkpoint.stored import StoredWeights
-from l4cli.errors import L4Error
 from l4cli.quantization.parts import layer_of, part_of
 
 
@@ -90,7 +89,8 @@ class MapValues(Mapping[str, Tensor]):
         if self._last is None or self._last[0] != wanted:
             self._last = None  # before the next is read: never two at once
             tensor = self._stored.read(place.key, place.expert)
-            require_finite(self._stored, place.key, tensor)
+            file = self._stored.folder / self._stored.file_of[place.key]
+            require_finite(file, place.key, tensor)
             self._last = (wanted, tensor)
         return self._last[1]
 
@@ -99,13 +99,3 @@ class MapValues(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._maps)
-
-
-def require_finite(stored: StoredWeights, key: str, tensor: Tensor) -> None:
-    """Refuse values that are NaN or infinite."""
-    if tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
-        return
-    count = int((~torch.isfinite(tensor)).sum())
-    why = f"`{key}` has {count} of {tensor.numel()} values that are NaN or infinite"
-    fix = "use an earlier checkpoint, or fetch the file again"
-    raise L4Error(f"cannot use `{stored.folder / stored.file_of[key]}`", why=why, fix=fix)

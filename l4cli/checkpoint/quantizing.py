@@ -22,11 +22,11 @@ from torch import Tensor
 from l4cli.checkpoint.atomic import write_text
 from l4cli.checkpoint.coded_tensors import coded_tensors
 from l4cli.checkpoint.compressed_tensors import write_config
-from l4cli.checkpoint.linear_maps import LinearMap, MapValues, require_finite
+from l4cli.checkpoint.linear_maps import LinearMap, MapValues
 from l4cli.checkpoint.manifest import write_manifest
 from l4cli.checkpoint.planned_shards import PlannedShards, spec_bytes
 from l4cli.checkpoint.quantization_plan import QuantizationPlan
-from l4cli.checkpoint.reader import DTYPES
+from l4cli.checkpoint.reader import DTYPES, require_finite
 from l4cli.checkpoint.stored import CONFIG
 from l4cli.checkpoint.writer import new_folder
 from l4cli.errors import L4Error
@@ -145,7 +145,8 @@ def quantize_checkpoint(
         with PlannedShards(folder, specs, max_shard_bytes) as shards:
             for piece in plan.others:
                 tensor = plan.stored.read(piece.key)
-                require_finite(plan.stored, piece.key, tensor)
+                file = plan.stored.folder / plan.stored.file_of[piece.key]
+                require_finite(file, piece.key, tensor)
                 shards.write(piece.name, tensor.to(specs[piece.name][0]))
             for layer_idx, maps in plan.layers():
                 report = LayerReport(layer_idx)

@@ -165,7 +165,7 @@ def load_weights(
             parameter = _materialise(model, piece.name, device, dtype or stored_as)
             parameters[piece.name] = parameter
         if check_finite:
-            _require_finite(file, piece.key, tensor)
+            require_finite(file, piece.key, tensor)
         _place(parameter, piece, tensor)
 
     coded = [piece for piece in pieces if is_quantized(stored, module_of(piece.key))]
@@ -227,7 +227,8 @@ def _place(parameter: Tensor, piece: Piece, tensor: Tensor) -> None:
         parameter[piece.expert, :, start:end].copy_(tensor.T)
 
 
-def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
+def require_finite(file: Path, key: str, tensor: Tensor) -> None:
+    """Refuse values that are NaN or infinite."""
     if tensor.numel() == 0:
         return
     # One pass and no copy: minimum and maximum carry NaN and infinity along.
