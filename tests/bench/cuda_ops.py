@@ -1,7 +1,7 @@
 """Our CUDA operations beside torch's and beside the device's ceilings.
 
 usage: python tests/bench/cuda_ops.py [--tokens 16384] [--experts 16] [--dim 2048] [--width 4096]
-       [--only experts,fp8,int4] [--json]
+       [--only product,experts,int4] [--json]
 
 Ceilings first: a bf16 product by torch, and a copy. Then each version of each operation in the same
 process, interleaved, median of timed rounds: milliseconds, and what share of its ceiling that is.
