@@ -30,7 +30,5 @@ def log_sums(logits: Tensor) -> Tensor:
         return logits.logsumexp(-1)
     width = logits.shape[-1]
     start, step = logits.data_ptr(), 4 * width
-    sums = [
-        library.l4_log_sum_exp(start + i * step, width) for i in range(logits.numel() // width)
-    ]
+    sums = [library.l4_log_sum_exp(start + i * step, width) for i in range(logits.numel() // width)]
     return torch.tensor(sums).view(logits.shape[:-1])
