@@ -137,10 +137,12 @@ def _run(
     formats = {part: _format(name, words) for part, name in names.items()}
     plan = plan_quantization(checkpoint, formats)
     rows, held_out = text.read_calibration(plan, wanted), text.read_eval_data(plan, wanted)
+    texts = {part: str(format or "bf16") for part, format in formats.items()}
     if wanted.budget is not None:
         text.spend_budget(plan, rows, wanted, free, words.zero_points)
         text.show_budget(plan, free)
-    _show_plan(plan, formats, method)
+        texts |= {part: f"within {wanted.budget:g} bits" for part in free}
+    _show_plan(plan, texts, method)
     rounding = _quantizer(method, device)
     if dry_run:
         _show_estimate(plan, rounding)
@@ -151,10 +153,10 @@ def _run(
     if method == Method.gptq:
         assert rows is not None
         with text.calibrated_quantizer(plan, rows, wanted) as quantizer:
-            reports = _write(plan, out, quantizer, formats, method, quantizer.report)
+            reports = _write(plan, out, quantizer, texts, method, quantizer.report)
         text.show_calibration(quantizer)
     else:
-        reports = _write(plan, out, rounding, formats, method, dict)
+        reports = _write(plan, out, rounding, texts, method, dict)
     _show_layers(plan, reports)
     lost = None if held_out is None else text.measure(plan, out, held_out, wanted)
     _show_result(plan, out, time.monotonic() - start_s, lost)
@@ -164,7 +166,7 @@ def _write(
     plan: QuantizationPlan,
     out: Path,
     quantizer: Quantizer,
-    formats: dict[str, WeightFormat | None],
+    formats: dict[str, str],
     method: Method,
     describe: Callable[[], dict[str, Any]],
 ) -> list[LayerReport]:
@@ -173,7 +175,7 @@ def _write(
     options = {
         "source": str(plan.stored.folder),
         "method": str(method),
-        "formats": {part: str(format or "bf16") for part, format in formats.items()},
+        "formats": formats,
     }
     start_s = time.monotonic()
     with terminal.progress("quantize", plan.num_quantized) as progress:
@@ -227,11 +229,9 @@ def _require_space(out: Path, size_bytes: int) -> None:
 # For people
 
 
-def _show_plan(
-    plan: QuantizationPlan, formats: dict[str, WeightFormat | None], method: Method
-) -> None:
+def _show_plan(plan: QuantizationPlan, formats: dict[str, str], method: Method) -> None:
     parts = {each.part for each in plan.maps}
-    shown = [f"{part} {format or 'bf16'}" for part, format in formats.items() if part in parts]
+    shown = [f"{part} {format}" for part, format in formats.items() if part in parts]
     terminal.say(f"quantize `{plan.stored.folder}` by {method}: {', '.join(shown)}")
     before, after = plan.stored.size_bytes, plan.size_bytes
     terminal.say(
