@@ -103,7 +103,7 @@ class ParameterReader:
         if self._last is None or self._last[0] != wanted:
             self._last = None  # before the next is read: never two at once
             tensor = self.stored.read(key, index)
-            require_finite(self.stored, key, tensor)
+            require_finite(self.stored.folder / self.stored.file_of[key], key, tensor)
             self._last = (wanted, tensor)
         return self._last[1]
 
