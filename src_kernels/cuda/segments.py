@@ -41,7 +41,7 @@ def choose_sizes(dtype: torch.dtype, head_dim: int, arch: int) -> Sizes:
     """What compiles without spills for compute capability `arch`: 90, 100."""
     if dtype == torch.float32:  # no tensor cores: products stay exact
         small = Blocks(32, 16, 8, 2)
-        return Sizes(small, small, small)
+        return Sizes(small, small, Blocks(16, 16, 4, 2))
     is_wide = head_dim > 64
     forward = Blocks(128, 64, 8 if is_wide else 4, 3)
     # Two sums of 128 x 128 and three tiles in flight are too much for Blackwell's registers.
