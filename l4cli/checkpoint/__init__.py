@@ -9,6 +9,7 @@ from l4cli.checkpoint.quantization_plan import QuantizationPlan, plan_quantizati
 from l4cli.checkpoint.quantized import quantized_names, read_quantized
 from l4cli.checkpoint.quantizing import (
     LayerReport,
+    add_to_report,
     plan_facts,
     quantize_checkpoint,
     require_new,
@@ -30,6 +31,7 @@ __all__ = [
     "QuantizationPlan",
     "RunFolder",
     "StoredWeights",
+    "add_to_report",
     "describe_checkpoint",
     "describe_run",
     "describe_weights_file",

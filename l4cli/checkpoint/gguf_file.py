@@ -85,7 +85,8 @@ def write_gguf(
 ) -> GgufReport:
     """Write the file; a picture encoder, if there is one, stays out.
 
-    raises: L4Error for a tokenizer that fits neither the format nor the model
+    raises: L4Error for a tokenizer that fits neither the format nor the model, or weights whose
+    scales no block holds
     """
     gguf = require_gguf()
     text = parameters.config.text
@@ -236,7 +237,12 @@ def _write_data(
                     rows = parameters.linear(name)
                 else:
                     rows = parameters.linear(name, expert, tensor.columns)
-                _write_rows(file, start, rows, tensor.kind)
+                try:
+                    _write_rows(file, start, rows, tensor.kind)
+                except OverflowError as error:
+                    what = f"cannot write `{name}` as {tensor.kind}"
+                    fix = "write plain numbers: `--dtype bf16`"
+                    raise L4Error(what, why=str(error), fix=fix) from error
                 written += tensor.part_bytes
             progress(written)
 

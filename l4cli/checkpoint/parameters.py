@@ -14,12 +14,11 @@ from torch import Tensor
 
 from l4cli.checkpoint.hf_keys import Piece
 from l4cli.checkpoint.linear_maps import require_finite
-from l4cli.checkpoint.quantized import is_quantized, module_of, read_quantized
+from l4cli.checkpoint.quantized import is_quantized, module_of, read_format, read_quantized
 from l4cli.checkpoint.reader import DTYPES, load_config, matched_pieces
 from l4cli.checkpoint.stored import StoredWeights, open_weights, resolve_checkpoint
 from l4cli.model import Llama4Config, build_model
 from l4cli.quantization import QuantizedWeight, WeightFormat
-from l4cli.quantization.parts import part_of
 
 Columns = tuple[int, int]  # of a fused expert [in, out]
 
@@ -50,13 +49,10 @@ class ParameterReader:
         return is_quantized(self.stored, module_of(self._pieces[name][0].key))
 
     def formats(self) -> set[WeightFormat]:
-        """The formats of quantized weights, as the first of each part of the model has them."""
-        firsts: dict[str, str] = {}
-        for name, pieces in self._pieces.items():
-            if self.is_coded(name):
-                module = module_of(pieces[0].key)
-                firsts.setdefault(part_of(module), module)
-        return {read_quantized(self.stored, module).format for module in firsts.values()}
+        """The formats of all quantized weights, by headers."""
+        modules = [module_of(p.key) for pieces in self._pieces.values() for p in pieces]
+        coded = [module for module in modules if is_quantized(self.stored, module)]
+        return {read_format(self.stored, module) for module in coded}
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """A parameter in parts that follow one another in memory: whole, or fused [in, out] by

@@ -90,22 +90,38 @@ def read_quantized(stored: StoredWeights, name: str) -> QuantizedWeight:
     raises: L4Error for shapes that contradict each other and for what has no format of ours
     """
     shape = codes_shape(stored, name)
-    weights = weights_of(stored.quantization, name)
+    format = _format_of(stored, name, shape)
     if f"{name}.{_PACKED}" in stored.tensors:
-        bits = _bits(stored, name, weights)
-        kind = f"int{bits}"
-        codes = unpack_codes(stored.read(f"{name}.{_PACKED}"), bits, shape[1])
+        codes = unpack_codes(stored.read(f"{name}.{_PACKED}"), format.bits, shape[1])
     else:
-        kind = _CODES[stored.tensors[f"{name}.weight"].dtype]
         codes = stored.read(f"{name}.weight")
-        if kind == "int8" and weights.get("num_bits") == 4:
-            kind = "int4"
     scale = _scale(stored, name)
-    if scale.numel() == 1 and weights.get("strategy") != "block":  # one scale for all
+    if scale.numel() == 1 and format.block is None:  # one scale for all
         scale = scale.reshape(1, 1).expand(shape[0], 1)
     scale = scale.reshape(len(scale), -1)
-    format = _format(stored, name, kind, shape, scale, weights)
     return QuantizedWeight(format, codes, scale, _zero(stored, name, format, scale))
+
+
+def read_format(stored: StoredWeights, name: str) -> WeightFormat:
+    """What `read_quantized` will say a map's format is, without its codes. raises: the same"""
+    return _format_of(stored, name, codes_shape(stored, name))
+
+
+def _format_of(stored: StoredWeights, name: str, shape: tuple[int, int]) -> WeightFormat:
+    weights = weights_of(stored.quantization, name)
+    if f"{name}.{_PACKED}" in stored.tensors:
+        kind = f"int{_bits(stored, name, weights)}"
+    else:
+        kind = _CODES[stored.tensors[f"{name}.weight"].dtype]
+        if kind == "int8" and weights.get("num_bits") == 4:
+            kind = "int4"
+    if f"{name}.{_SCALE}" not in stored.tensors:
+        raise _damaged(stored, f"`{name}` has codes and no `{_SCALE}`")
+    scales = stored.tensors[f"{name}.{_SCALE}"].shape
+    if math.prod(scales) == 1 and weights.get("strategy") != "block":  # one scale for all
+        scales = (shape[0], 1)
+    rows = scales[0] if scales else 1
+    return _format(stored, name, kind, shape, (rows, math.prod(scales) // max(1, rows)), weights)
 
 
 def _format(
@@ -113,10 +129,10 @@ def _format(
     name: str,
     kind: str,
     shape: tuple[int, int],
-    scale: Tensor,
+    scales: tuple[int, int],
     weights: Mapping[str, Any],
 ) -> WeightFormat:
-    rows, columns = scale.shape
+    rows, columns = scales
     block = weights.get("block_structure")
     if weights.get("strategy") == "block" and block:
         format = WeightFormat("fp8", block=(block[0], block[1]))
@@ -144,8 +160,6 @@ def _bits(stored: StoredWeights, name: str, weights: Mapping[str, Any]) -> int:
 
 
 def _scale(stored: StoredWeights, name: str) -> Tensor:
-    if f"{name}.{_SCALE}" not in stored.tensors:
-        raise _damaged(stored, f"`{name}` has codes and no `{_SCALE}`")
     scale = stored.read(f"{name}.{_SCALE}")
     if not (scale.is_floating_point() and bool(torch.isfinite(scale.float()).all())):
         raise _damaged(stored, f"`{name}` has scales that are NaN or infinite")

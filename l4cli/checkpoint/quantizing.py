@@ -23,23 +23,18 @@ from l4cli.checkpoint.atomic import write_text
 from l4cli.checkpoint.coded_tensors import coded_tensors
 from l4cli.checkpoint.compressed_tensors import write_config
 from l4cli.checkpoint.linear_maps import LinearMap, MapValues
-from l4cli.checkpoint.manifest import write_manifest
+from l4cli.checkpoint.manifest import recorded_hashes, write_manifest
 from l4cli.checkpoint.planned_shards import PlannedShards, spec_bytes
 from l4cli.checkpoint.quantization_plan import QuantizationPlan
 from l4cli.checkpoint.reader import DTYPES, require_finite
-from l4cli.checkpoint.stored import CONFIG
+from l4cli.checkpoint.rewrite import SMALL_FILES
+from l4cli.checkpoint.stored import CONFIG, json_object
 from l4cli.checkpoint.writer import new_folder
 from l4cli.errors import L4Error
 from l4cli.quantization import QuantizedWeight, Quantizer
 
 REPORT = "quantize.json"
 MAX_SHARD_BYTES = 5 << 30
-# What belongs to the model beside its weights; training state does not.
-COPIED = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    *("processor_config.json", "preprocessor_config.json"),
-)
 _ERROR_VALUES = 1 << 22  # compared at once
 
 
@@ -203,8 +198,8 @@ def _layer(
 def _write_small_files(
     plan: QuantizationPlan, folder: Path, reports: list[LayerReport], more: dict[str, Any]
 ) -> None:
-    for name in COPIED:
-        if (plan.stored.folder / name).exists():
+    for name in SMALL_FILES:
+        if (plan.stored.folder / name).is_file():
             shutil.copyfile(plan.stored.folder / name, folder / name)
     formats = {each.name: plan.choices.get(each.name) for each in plan.maps}
     keys = {**plan.config.to_dict(), "torch_dtype": "bfloat16"}
@@ -218,6 +213,14 @@ def _write_small_files(
         "layers": [report.to_dict() for report in reports],
     }
     write_text(folder / REPORT, json.dumps(fields, indent=1) + "\n")
+
+
+def add_to_report(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Say more in the `quantize.json` of a folder that is finished."""
+    known = {name: sha for name, sha in recorded_hashes(folder).items() if name != REPORT}
+    report = {**json_object(folder / REPORT), **fields}
+    write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    write_manifest(folder, known)
 
 
 def plan_facts(plan: QuantizationPlan) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from l4cli.errors import UsageError, suggest
 KINDS = ("decode", "prefill", "train")
 PEERS = ("llama.cpp", "transformers")
 ROOFLINE_PRESETS = ("scout", "maverick")
+_OF_ROOFLINE = {"target", "roofline", "gpus", "depth", "batch", "json", "quiet"}
 
 
 class BenchDtype(StrEnum):
@@ -49,6 +50,7 @@ class RandomFormat(StrEnum):
 
 
 def bench(
+    ctx: typer.Context,
     target: Annotated[
         str | None, typer.Argument(help="checkpoint, run folder or `preset:NAME`")
     ] = None,
@@ -87,6 +89,8 @@ def bench(
     terminal.configure(json=json, quiet=quiet)
     depths = _numbers(depth, "--depth", allows_zero=True)
     batches = _numbers(batch, "--batch")
+    given = {name for name in ctx.params if _is_given(ctx, name)}
+    _check_together(given, roofline, peers)
     if roofline:
         _roofline(target, gpus, depths, batches)
         return
@@ -116,6 +120,26 @@ def bench(
 
     job = Bench(plan, asked, llama_bench, gguf, threads, str(device), str(dtype))
     job.run(target, None if format is RandomFormat.plain else str(format))
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_together(given: set[str], roofline: bool, peers: str) -> None:
+    """Refuse what would have no effect. raises: UsageError"""
+    if roofline:
+        why, unused = "`--roofline` measures nothing", given - _OF_ROOFLINE
+    elif "gpus" in given:
+        why, unused = "they are the GPUs of `--roofline`", {"gpus"}
+    elif not {"auto", "llama.cpp"} & {word.strip() for word in peers.split(",")}:
+        why, unused = f"`--peers {peers}` leaves llama.cpp out", given & {"llama_bench", "gguf"}
+    else:
+        return
+    if unused:
+        option = "--" + min(unused).replace("_", "-")
+        raise UsageError(f"cannot use `{option}`", why=why, fix="leave it out")
 
 
 def _roofline(

@@ -11,6 +11,7 @@ from l4cli import terminal
 from l4cli.errors import UsageError, suggest
 from l4cli.model import Llama4Config, load_preset
 from l4cli.planning import GPUS, QUOTED, STORAGES, ceiling
+from l4cli.planning.roofline import NUM_GPUS, can_compute
 
 SHOWN_STORAGES = ("bf16", "fp8", "int4")
 
@@ -32,7 +33,7 @@ def show_roofline(
     batches: Sequence[int],
 ) -> None:
     """Every model, format and device; then what others quote, beside its ceiling."""
-    rows = []
+    rows, left_out = [], {}
     for name, config in models:
         for storage in SHOWN_STORAGES:
             for gpu in gpus:
@@ -41,9 +42,19 @@ def show_roofline(
                         row = _row(name, config, storage, gpu, depth, batch)
                         if row is not None:
                             rows.append(row)
+                        else:
+                            left_out[f"{name} in {storage} on {gpu}"] = _why_none(storage, gpu)
+    for what, why in left_out.items():
+        terminal.say(f"{what} is left out: {why}")
     columns = ["model", "weights", "devices", "depth", "batch", "held GB", "read GB/step", "tok/s"]
     terminal.table("decode ceilings: what a step reads over how fast it is read", columns, rows)
     _show_quoted({name for name, _ in models})
+
+
+def _why_none(storage: str, gpu: str) -> str:
+    if not can_compute(STORAGES[storage], GPUS[gpu]):
+        return f"it has no {storage} products"
+    return f"{NUM_GPUS[-1]} of them do not hold it"
 
 
 def _row(

@@ -153,7 +153,7 @@ def _demands(job: Job) -> Demands:
 
 def _shapes(job: Job) -> tuple[Origin, list[Shape]]:
     """Every stage's config and schedule; refuses what the checkpoint cannot become."""
-    from l4cli.checkpoint import load_config, resolve_checkpoint
+    from l4cli.checkpoint import resolve_checkpoint
     from l4cli.training import continuation, model_setup
     from l4cli.training.stretching import NEW_PARAMETERS, stretch
 
@@ -161,7 +161,7 @@ def _shapes(job: Job) -> tuple[Origin, list[Shape]]:
     optim = job.optim or origin.optim or train.Optim.muon.value
     if not job.resets_optimizer:
         continuation.require_same_optimizer(origin, optim)
-    before = load_config(origin.folder)
+    before = model_setup.trainable_config(origin.folder)
     trained_len = job.trained_len or origin.seq_len
     shapes = []
     for wanted in job.stages:

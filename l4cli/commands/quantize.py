@@ -68,7 +68,7 @@ def quantize(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="new folder, must not exist yet")
     ] = None,
-    format: FormatOption = Format.int4,
+    format: FormatOption = None,
     group_size: GroupSizeOption = None,
     zero_points: ZeroPoints = False,
     blocks: Blocks = False,
@@ -92,6 +92,9 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     terminal.configure(json=json, quiet=quiet)
+    if budget is not None:
+        _check_budget({"--format": format, "--group-size": group_size})
+    format = format or Format.int4
     chosen = dict(zip(DECODER_PARTS, (attention, experts, shared, dense), strict=True))
     names = {part: str(name or format) for part, name in chosen.items()}
     names |= {"lm-head": str(lm_head), "vision": str(vision)}
@@ -105,18 +108,20 @@ def quantize(
     )
     wanted.check(is_calibrated=method == Method.gptq, has_out=not dry_run)
     free = {part for part, name in chosen.items() if name is None}
-    if budget is not None:
-        _check_budget(free, group_size)
+    if budget is not None and not free:
+        why = "every part has a format of its own, so there is nothing to choose"
+        raise UsageError("cannot use `--budget`", why=why, fix="leave one of the parts out")
     _run(checkpoint, out, names, words, method, device, dry_run, wanted, free)
 
 
-def _check_budget(free: set[str], group_size: str | None) -> None:
-    if group_size is not None:
-        why = "a budget chooses the groups"
-        raise UsageError("cannot use `--group-size` with `--budget`", why=why, fix="leave it out")
-    if not free:
-        why = "every part has a format of its own, so there is nothing to choose"
-        raise UsageError("cannot use `--budget`", why=why, fix="leave one of the parts out")
+def _check_budget(words: dict[str, object]) -> None:
+    """Refuse what a budget takes no notice of."""
+    for option, value in words.items():
+        if value is not None:
+            what = f"cannot use `{option}` with `--budget`"
+            why = "a budget chooses the formats and the groups"
+            fix = "leave it out; parts may have formats of their own, as in `--attention int8`"
+            raise UsageError(what, why=why, fix=fix)
 
 
 def _run(
@@ -145,7 +150,7 @@ def _run(
     _show_plan(plan, texts, method)
     rounding = _quantizer(method, device)
     if dry_run:
-        _show_estimate(plan, rounding)
+        _show_estimate(plan, rounding, method)
         return
     assert out is not None
     _require_space(out, plan.size_bytes)
@@ -153,13 +158,14 @@ def _run(
     if method == Method.gptq:
         assert rows is not None
         with text.calibrated_quantizer(plan, rows, wanted) as quantizer:
-            reports = _write(plan, out, quantizer, texts, method, quantizer.report)
+            reports = _write(plan, out, quantizer, texts, method, quantizer.report, wanted)
         text.show_calibration(quantizer)
     else:
-        reports = _write(plan, out, rounding, texts, method, dict)
+        reports = _write(plan, out, rounding, texts, method, dict, wanted)
+    time_s = time.monotonic() - start_s
     _show_layers(plan, reports)
     lost = None if held_out is None else text.measure(plan, out, held_out, wanted)
-    _show_result(plan, out, time.monotonic() - start_s, lost)
+    _show_result(plan, out, time_s, lost)
 
 
 def _write(
@@ -169,11 +175,13 @@ def _write(
     formats: dict[str, str],
     method: Method,
     describe: Callable[[], dict[str, Any]],
+    wanted: text.TextWords,
 ) -> list[LayerReport]:
     from l4cli.checkpoint import quantize_checkpoint
 
     options = {
         "source": str(plan.stored.folder),
+        **text.said(wanted),
         "method": str(method),
         "formats": formats,
     }
@@ -245,8 +253,11 @@ def _show_plan(plan: QuantizationPlan, formats: dict[str, str], method: Method) 
         terminal.warn(f"{len(plan.left) - _MAX_LISTED} more stay bf16, listed in `quantize.json`")
 
 
-def _show_estimate(plan: QuantizationPlan, quantizer: Quantizer) -> None:
-    """Round a sample of each format; reading and writing go at the disk's speed beside it."""
+def _show_estimate(plan: QuantizationPlan, quantizer: Quantizer, method: Method) -> None:
+    """Round a sample of each format; reading and writing go at the disk's speed beside it.
+
+    What a calibration takes is up to its text: no sample foretells it.
+    """
     import torch
 
     from l4cli.checkpoint import plan_facts
@@ -261,14 +272,18 @@ def _show_estimate(plan: QuantizationPlan, quantizer: Quantizer) -> None:
         num_weights = sum(sizes[name] for name, chosen in plan.choices.items() if chosen == format)
         time_s += per_weight_s * num_weights
     facts = plan_facts(plan)
-    terminal.emit({"event": "dry_run", **facts, "time_s": time_s})
+    took = f"about {terminal.time_text(time_s)} on this machine, without the disk's"
+    if method == Method.gptq:
+        took = f"{took}, and far more for the calibration"
+    told_s = None if method == Method.gptq else time_s
+    terminal.emit({"event": "dry_run", **facts, "time_s": told_s})
     rows = [
         ("weights", terminal.count_text(plan.num_parameters)),
         ("quantized", terminal.count_text(plan.num_quantized)),
         ("before", terminal.bytes_text(facts["bytes_before"])),
         ("after", terminal.bytes_text(facts["size_bytes"])),
         ("bits per weight", f"{facts['bits_per_weight']:.3f}"),
-        ("time", f"about {terminal.time_text(time_s)} on this machine, without the disk's"),
+        ("time", took),
     ]
     terminal.table("", ("what", "value"), rows)
 

@@ -74,19 +74,32 @@ class TextWords:
         return parse_number(self.eval_tokens, "--eval-tokens", "100k", COUNTS)
 
 
+def said(words: TextWords) -> dict[str, Any]:
+    """What `quantize.json` repeats of it."""
+    found: dict[str, Any] = {}
+    if words.calibration is not None:
+        found["calibration"] = str(words.calibration)
+    if words.budget is not None:
+        found["budget"] = words.budget
+    return found
+
+
 def read_calibration(plan: QuantizationPlan, words: TextWords) -> TextRows | None:
     """The text to calibrate on, if any is named."""
     if words.calibration is None:
         return None
-    what = "cannot calibrate on"
-    return _rows(plan, words.calibration, words.num_calibration_tokens, what)
+    rows = _rows(plan, words.calibration, words.num_calibration_tokens, "cannot calibrate on")
+    _require_memory(plan, rows, words, "--calibration-tokens")
+    return rows
 
 
 def read_eval_data(plan: QuantizationPlan, words: TextWords) -> TextRows | None:
     """The text to measure on, if any is named."""
     if words.eval_data is None:
         return None
-    return _rows(plan, words.eval_data, words.num_eval_tokens, "cannot measure on")
+    rows = _rows(plan, words.eval_data, words.num_eval_tokens, "cannot measure on")
+    _require_memory(plan, rows, words, "--eval-tokens")
+    return rows
 
 
 def _rows(plan: QuantizationPlan, path: Path, num_tokens: int | None, what: str) -> TextRows:
@@ -104,6 +117,20 @@ def _rows(plan: QuantizationPlan, path: Path, num_tokens: int | None, what: str)
         why = f"its rows have {len(rows.rows[0].input_ids)} tokens, and the model reads {most}"
         raise L4Error(f"{what} `{path}`", why=why, fix=f"pack with `l4 pack --seq-len {most}`")
     return rows
+
+
+def _require_memory(plan: QuantizationPlan, rows: TextRows, words: TextWords, option: str) -> None:
+    """The states of all the text are held in fp32; of two models when they are compared."""
+    from l4cli.planning import available_memory
+
+    num_models = 2 if option == "--eval-tokens" else 1
+    per_token = 4 * num_models * plan.config.text.hidden_size
+    needed, free = per_token * rows.num_tokens, available_memory()
+    if needed > free:
+        text = terminal.bytes_text
+        why = f"its {rows.num_tokens} tokens take {text(needed)}, and {text(free)} are free"
+        fix = f"take less of it: `{option} {free // (2 * per_token)}`"
+        raise L4Error(f"cannot read all of `{rows.path}`", why=why, fix=fix)
 
 
 @contextmanager
@@ -213,7 +240,8 @@ def show_calibration(quantizer: CalibratedQuantizer) -> None:
 
 
 def measure(plan: QuantizationPlan, out: Path, rows: TextRows, words: TextWords) -> dict[str, Any]:
-    """Compare what was written with the original; gives the figures that were shown."""
+    """Compare what was written with the original; the figures are shown, kept beside it, given."""
+    from l4cli.checkpoint import add_to_report
     from l4cli.evals.quality import compare
     from l4cli.text import load_tokenizer
     from l4cli.training.device import torch_device
@@ -241,7 +269,9 @@ def measure(plan: QuantizationPlan, out: Path, rows: TextRows, words: TextWords)
         shown.append(("same experts", f"{found.router_agreement:.2%}"))
     title = f"what was lost, on {found.num_tokens} held-out tokens"
     terminal.table(title, ("what", "value"), shown)
-    return found.to_dict()
+    lost = {"eval_data": str(rows.path), **found.to_dict()}
+    add_to_report(out, {"quality": lost})
+    return lost
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -53,7 +53,10 @@ class Method(StrEnum):
 
 
 FormatOption = Annotated[
-    Format, typer.Option("--format", help="of attention, experts, shared experts and dense MLPs")
+    Format | None,
+    typer.Option(
+        "--format", help="of attention, experts, shared experts and dense MLPs  [default: int4]"
+    ),
 ]
 GroupSizeOption = Annotated[
     str | None,

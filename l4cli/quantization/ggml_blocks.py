@@ -14,6 +14,7 @@ BLOCK = 32  # values that share a scale
 BLOCK_BYTES = {"q8_0": 2 + BLOCK, "q4_0": 2 + BLOCK // 2}
 ITEM_BYTES = {"f32": 4, "bf16": 2}
 KINDS = (*ITEM_BYTES, *BLOCK_BYTES)
+MAX_SCALE = float(np.finfo(np.float16).max)
 _PIECE = 1 << 18  # values rounded at once, so that what is in between stays in the cache
 
 
@@ -31,7 +32,10 @@ def fits(kind: str, width: int) -> bool:
 
 
 def encode_rows(rows: np.ndarray, kind: str) -> np.ndarray:
-    """Round rows into a kind's bytes. shapes: [n, width] fp32 -> [n, row_bytes] uint8"""
+    """Round rows into a kind's bytes. shapes: [n, width] fp32 -> [n, row_bytes] uint8
+
+    raises: OverflowError for values whose scale is none of fp16
+    """
     assert rows.ndim == 2
     assert rows.dtype == np.float32
     out = np.empty((rows.shape[0], row_bytes(kind, rows.shape[1])), dtype=np.uint8)
@@ -50,10 +54,13 @@ def holds_codes(kind: str, format: WeightFormat) -> bool:
 
 
 def rows_from_codes(kind: str, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Store codes as they are. shapes: [n, width] int8, [n, groups] fp32 -> [n, row_bytes] uint8"""
+    """Store codes as they are. shapes: [n, width] int8, [n, groups] fp32 -> [n, row_bytes] uint8
+
+    raises: OverflowError for a scale that is none of fp16
+    """
     num_rows, width = codes.shape
     blocks = codes.reshape(-1, BLOCK)
-    halves = scale.repeat(width // BLOCK // scale.shape[1], axis=1).reshape(-1, 1).astype("<f2")
+    halves = _halves(scale.repeat(width // BLOCK // scale.shape[1], axis=1).reshape(-1, 1))
     if kind == "q4_0":
         blocks = _paired((blocks + 8).astype(np.uint8))
     return _joined(halves, blocks.view(np.uint8)).reshape(num_rows, -1)
@@ -76,7 +83,7 @@ def _q8_0(rows: np.ndarray) -> np.ndarray:
     scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
     scaled = blocks * _inverse(scale)
     codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
-    return _joined(scale.astype("<f2"), codes.view(np.uint8))
+    return _joined(_halves(scale), codes.view(np.uint8))
 
 
 def _q4_0(rows: np.ndarray) -> np.ndarray:
@@ -86,12 +93,21 @@ def _q4_0(rows: np.ndarray) -> np.ndarray:
     scale = np.take_along_axis(blocks, furthest, axis=1) / np.float32(-8)
     scaled = blocks * _inverse(scale) + np.float32(8.5)
     codes = np.minimum(scaled.astype(np.uint8), 15)
-    return _joined(scale.astype("<f2"), _paired(codes))
+    return _joined(_halves(scale), _paired(codes))
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    """Of a scale that has no finite inverse zero: as fp16 it is zero itself."""
+    is_tiny = np.abs(scale) < np.finfo(np.float32).tiny
+    return np.where(is_tiny, np.float32(0), np.float32(1) / np.where(is_tiny, 1, scale))
+
+
+def _halves(scale: np.ndarray) -> np.ndarray:
+    """Scales as the blocks hold them; those too small to be told from zero become zero."""
+    largest = float(np.abs(scale).max(initial=0))
+    if largest > MAX_SCALE:
+        raise OverflowError(f"a scale is {largest:g}, and blocks hold at most {MAX_SCALE:g}")
+    return scale.astype("<f2")
 
 
 def _paired(codes: np.ndarray) -> np.ndarray:

@@ -217,15 +217,17 @@ class _Best:
 
 def _search_scale(best: _Best) -> None:
     """Shrink and grow; for integers also mirrored, as there is one more code below zero."""
-    groups, is_fp8 = best.groups, best.format.name == "fp8"
-    low, high = groups.aminmax(dim=1, keepdim=True)
-    least, _ = code_range(best.format)
+    low, high = best.groups.aminmax(dim=1, keepdim=True)
+    least, greatest = code_range(best.format)
     extreme = torch.where(high > -low, high, low)
-    for factor in _FP8_SHRINK if is_fp8 else _SHRINK:
+    if best.format.name == "fp8":  # alike on both sides of zero: scales are positive
+        for factor in _FP8_SHRINK:
+            best.offer(stored_scale(extreme.abs() * (factor / greatest)), None)
+        return
+    for factor in _SHRINK:
         scale = stored_scale(extreme * (factor / least))
         best.offer(scale, None)
-        if not is_fp8:
-            best.offer(-scale, None)
+        best.offer(-scale, None)
 
 
 def _search_range(best: _Best) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l4cli.checkpoint import load_config, require_weights_fit, resolve_checkpoint
+from l4cli.checkpoint import load_config, open_weights, require_weights_fit, resolve_checkpoint
 from l4cli.errors import L4Error, UsageError, suggest
 from l4cli.model import Llama4Config, TextConfig, VisionConfig, load_preset
 from l4cli.text import Tokenizer, load_tokenizer
@@ -32,8 +32,19 @@ def base_config(preset: str | None, file: Path | None, init_from: Path | None) -
     if file is not None:
         return Llama4Config.from_file(file)
     if init_from is not None:
-        return load_config(init_from)
+        return trainable_config(init_from)
     return load_preset(preset or "nano")
+
+
+def trainable_config(checkpoint: Path) -> Llama4Config:
+    """The config of a checkpoint whose weights are numbers. raises: L4Error for codes"""
+    config, folder = load_config(checkpoint), resolve_checkpoint(checkpoint)
+    if open_weights(folder).quantization:
+        why = "it is quantized, and training goes on from full precision"
+        fix = "name the checkpoint it was made from, or make numbers of its codes: "
+        fix += f"`l4 convert {checkpoint} -o plain/`"
+        raise L4Error(f"cannot train from `{checkpoint}`", why=why, fix=fix)
+    return config
 
 
 # What a run decides itself, and why.

@@ -202,6 +202,26 @@ def test_mistakes_are_told(
     assert "roofline" in error_of(capsys, 1, "preset:behemoth", "--what", "decode")
 
 
+def test_options_without_effect_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = error_of(capsys, 2, "--roofline", "--threads", "2")
+    assert "cannot use `--threads`" in err
+    assert "measures nothing" in err
+    assert "`--what`" in error_of(capsys, 2, "--roofline", "--depth", "8k", "--what", "decode")
+    assert "GPUs of `--roofline`" in error_of(capsys, 2, checkpoint, "--gpus", "h100")
+    alone = ["--peers", "none", "--llama-bench", tmp_path]
+    assert "leaves llama.cpp out" in error_of(capsys, 2, checkpoint, *alone)
+
+
+def test_ceilings_that_do_not_exist_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "preset:maverick", "--roofline", "--gpus", "a100,l40s"]) == 0
+    err = capsys.readouterr().err
+    assert "maverick in fp8 on a100 is left out: it has no fp8 products" in err
+    assert "maverick in bf16 on l40s is left out: 16 of them do not hold it" in err
+    assert "int4" not in err
+
+
 def test_a_peer_that_does_other_work_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,6 +262,23 @@ def test_codes_of_a_quantized_checkpoint_are_kept(
     assert kinds["output.weight"] == "Q8_0"
 
 
+def test_codes_of_several_formats_are_kept_only_where_all_can_be(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first layer alone would be Q4_0; codes of the others would be rounded once more."""
+    pytest.importorskip("gguf")
+    plan = plan_quantization(checkpoint, {"attention": WeightFormat("int4", 32)})
+    for name in plan.choices:
+        if ".layers.0." not in name:
+            plan.choices[name] = WeightFormat("int8")
+    quantize_checkpoint(plan, tmp_path / "codes", RoundingQuantizer())
+    out = tmp_path / "model.gguf"
+    flags = ["--to", "gguf", "--json"]
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "codes"), "-o", str(out), *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "bf16"
+
+
 def test_codes_become_plain_values(checkpoint: Path, tmp_path: Path) -> None:
     plan = plan_quantization(checkpoint, {"experts": WeightFormat("int4", 32, symmetric=False)})
     quantize_checkpoint(plan, tmp_path / "codes", RoundingQuantizer())
@@ -334,6 +351,14 @@ def test_other_tokenizers_and_other_mistakes_are_refused(
     save_model(model, tmp_path / "foreign", {"tokenizer.json": json.dumps(data)})
     err = error_of(capsys, 1, tmp_path / "foreign", "-o", tmp_path / "b.gguf", *gguf)
     assert "it normalises the text" in err
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1e9)
+    save_model(model, tmp_path / "huge", load_tokenizer(checkpoint).files())
+    huge = (tmp_path / "huge", "-o", tmp_path / "b.gguf", *gguf, "--dtype", "q8_0")
+    err = error_of(capsys, 1, *huge)
+    assert "`model.layers.1.self_attn.v_proj.weight` as q8_0" in err
+    assert "at most 65504" in err
+    assert not list(tmp_path.glob("*b.gguf*"))
 
 
 def test_without_the_library_it_says_what_to_install(

@@ -50,6 +50,24 @@ def test_a_model_too_large_is_refused_before_anything_is_made(
     assert not out.exists()
 
 
+def test_codes_are_nothing_to_train_from(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, codes = tmp_path / "run", tmp_path / "codes"
+    assert pretrain(data, tmp_path / "first", "--steps", "1", "-q") == 0
+    assert main(["quantize", str(tmp_path / "first"), "-o", str(codes), "--quiet"]) == 0
+    capsys.readouterr()
+    for command in (
+        ["pretrain", str(data / "text"), "--init-from", str(codes), "--steps", "1"],
+        ["extend-context", str(codes), str(data / "text.tokens"), "--stages", "128:1k"],
+    ):
+        assert main([*command, "-o", str(out)]) == 1
+        error = only_error(capsys)
+        assert "it is quantized" in error
+        assert f"`l4 convert {codes} -o plain/`" in error
+        assert not out.exists()
+
+
 def test_vocabulary_follows_the_shards_or_has_to_hold_them(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 from tiny_chat import save_checkpoint
 
-from l4cli.checkpoint import open_weights, quantized_names, read_quantized
+from l4cli.checkpoint import (
+    open_weights,
+    plan_quantization,
+    quantized_names,
+    read_quantized,
+    verify_manifest,
+)
 from l4cli.cli import main
+from l4cli.commands.quantize_calibrate import TextWords, read_calibration, read_eval_data
+from l4cli.errors import L4Error
+from l4cli.quantization import WeightFormat
 
 README = Path(__file__).parents[2] / "README.md"
 TEXT = "It was the best of times, it was the worst of times. " * 40
@@ -70,8 +79,12 @@ def test_calibrated(
     report = json.loads((tmp_path / "q/quantize.json").read_text())
     assert report["method"] == "gptq"
     assert report["calibration_tokens"] == 500
+    assert report["calibration"] == str(stream)
     assert set(report["output_errors"]) == set(formats_of(tmp_path / "q"))
     assert max(report["output_errors"].values()) < 0.05
+    assert report["quality"] == lost
+    assert lost["eval_data"] == str(stream)
+    assert verify_manifest(tmp_path / "q") == []
     assert len(report["coverage"]) == 2 * 4
     assert all(each["num_tokens"] >= 128 for each in report["coverage"])
 
@@ -118,6 +131,25 @@ def test_budget(
     assert found[-1]["num_quantized"] > weights
 
 
+def test_text_that_memory_cannot_hold_is_refused(source: Path, stream: Path) -> None:
+    plan = plan_quantization(source, {"attention": WeightFormat("int8")})
+    plan.config.text.hidden_size = 10**10
+    words = TextWords(stream, "500", stream, "300", None, "cpu")
+    for read, option in ((read_calibration, "calibration"), (read_eval_data, "eval")):
+        with pytest.raises(L4Error, match="cannot read all of") as caught:
+            read(plan, words)
+        assert f"`--{option}-tokens " in caught.value.fix
+
+
+def test_dry_run_foretells_no_time_of_a_calibration(
+    source: Path, stream: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--method", "gptq", "--calibration", stream, "--calibration-tokens", "500"]
+    (told,) = events(capsys, source, "--dry-run", *words)
+    assert told["bits_per_weight"] > 4
+    assert told["time_s"] is None
+
+
 def test_refusals(
     source: Path, stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,8 +175,12 @@ def test_refusals(
     text = tmp_path / "text.txt"
     assert "as a token stream" in refused(capsys, source, *q, *gptq, text, *asked)
     assert "the least" in refused(capsys, source, *q, "--budget", "3").replace("it is", "the least")
-    assert "chooses the groups" in refused(
+    assert "chooses the formats and the groups" in refused(
         capsys, source, *q, "--budget", "5", "--group-size", "32", code=2
     )
+    error = refused(capsys, source, *q, "--budget", "5", "--format", "fp8", code=2)
+    assert "cannot use `--format` with `--budget`" in error
+    error = refused(capsys, source, *q, "--budget", "5", "--blocks", code=2)
+    assert "only fp8 has blocks" in error
     assert "nothing to quantize" in refused(capsys, source, *q, "--budget", "16")
     assert not (tmp_path / "q").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -78,6 +80,23 @@ def test_codes_are_kept(kind: str, name: str, top: int, group_size: int | None) 
     read = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[LIBRARY[kind]])
     wanted = codes.reshape(5, scale.shape[1], -1) * scale.astype(np.float32)[:, :, None]
     assert np.array_equal(read, wanted.reshape(5, 64))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
+def test_scales_that_blocks_cannot_hold(kind: str) -> None:
+    """Too small to be told from zero: zeros, without a warning. Too large: refused."""
+    rows = np.full((1, 32), 1e-39, dtype=np.float32)
+    rows[0, 3] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = encode_rows(rows, kind)[0]
+    assert data[:2].view("<f2")[0] == 0
+    codes = data[2:]
+    assert set(codes) == ({0x88} if kind == "q4_0" else {0})
+    with pytest.raises(OverflowError, match="65504"):
+        encode_rows(np.full((1, 32), 1e7, dtype=np.float32), kind)
+    with pytest.raises(OverflowError, match="70000"):
+        rows_from_codes(kind, np.ones((1, 32), np.int8), np.full((1, 1), -7e4, np.float32))
 
 
 def test_codes_that_blocks_cannot_hold() -> None:

@@ -182,6 +182,14 @@ def test_chunks_do_not_show(format: WeightFormat) -> None:
     assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
 
 
+@pytest.mark.parametrize("format", [each for each in ALL if each.name == "fp8"], ids=str)
+def test_scales_of_fp8_are_positive(format: WeightFormat) -> None:
+    """As everybody else writes them, whichever side of zero reaches further."""
+    for sign in (1, -1):
+        weight = sign * some_weight(64).abs()
+        assert bool((round_weight(weight, format, searches=True).scale > 0).all())
+
+
 def test_shapes_types_and_edges() -> None:
     ragged = round_weight(some_weight(130, 256), WeightFormat("fp8", block=(128, 128)))
     assert ragged.scale.shape == (2, 2)
