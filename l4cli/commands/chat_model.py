@@ -21,7 +21,7 @@ from l4cli.data.geometry import PictureGeometry, read_processor_files
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, SamplingOptions, open_offloaded, pack_weights
 from l4cli.inference.native import NativeModel
-from l4cli.inference.native_loading import find_native, is_quantized_folder
+from l4cli.inference.native_loading import find_native, is_quantized_folder, native_from_plain
 from l4cli.model import Llama4Config, count_parameters
 from l4cli.planning import available_memory
 from l4cli.text import Tokenizer, load_tokenizer
@@ -112,6 +112,10 @@ def open_model(
     else:
         _require_offload_memory(folder, config, dtype, place)
         model = open_offloaded(folder, place, DTYPES[dtype], offload.memory_bytes)
+    if place.type == "cpu":
+        found = native_from_plain(model)
+        if not isinstance(found, str):
+            return found
     reason = pack_weights(model)
     if reason is not None and place.type == "cpu":
         terminal.say(f"decoding from plain weights: {reason}")

@@ -34,6 +34,8 @@ from l4cli.model import Llama4Config, build_model
 from l4cli.planning import available_memory
 
 _MOST_MEMORY = 0.5  # of what is free: beyond it weights stay in the file and come page by page
+MOST_PLAIN_BYTES = 2 << 30  # of weights that are laid out anew at every start
+_PLAIN_COPIES = 3  # while they are laid out: the model, a buffer, what stays
 FINGERPRINT_ELEMENTS = 4096  # of each tensor that tells models apart
 
 
@@ -81,6 +83,27 @@ def native_from_model(
         return NativeModel(in_memory(found, num_blobs(config), facts), config, vision)
     path = write_beside(folder, found, num_blobs(config), facts)
     return NativeModel(open_file(path), config, vision)
+
+
+def native_from_plain(model: Any) -> NativeModel | str:
+    """A model that torch has loaded, in C++ in its own precision; or why torch goes on with it.
+
+    Its text half is used up.
+    """
+    reason = why_not()
+    if reason is not None:
+        return reason
+    if model.compute_dtype not in (torch.float32, torch.bfloat16):
+        return "it computes neither in fp32 nor in bf16"
+    text = getattr(model, "language_model", model)
+    size = sum(weight.nbytes for weight in text.parameters())
+    if size > MOST_PLAIN_BYTES:
+        return f"only up to {MOST_PLAIN_BYTES >> 30} GiB are laid out without a file; `l4 quantize`"
+    if size * (_PLAIN_COPIES - 1) > available_memory("cpu"):
+        return "there is no memory to lay them out"
+    native = native_from_model(model, is_exact=True)
+    text.to("meta")
+    return native
 
 
 def find_native(

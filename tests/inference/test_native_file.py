@@ -31,6 +31,7 @@ from l4cli.inference.native_loading import (
     find_native,
     make_file,
     native_from_model,
+    native_from_plain,
     open_native,
 )
 from l4cli.quantization import RoundingQuantizer, WeightFormat
@@ -181,6 +182,31 @@ def test_plain_weights_are_torchs(tmp_path):
     expected = full_logits(load_model(folder), random_ids(30))[-1]
     found = Engine(native).prefill(random_ids(30)).logits_V
     torch.testing.assert_close(found, expected, atol=0.15, rtol=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_plain_weights_in_memory(dtype, allowed, tmp_path):
+    folder = saved(vision_model(), tmp_path / "model")
+    model = load_model(folder, dtype=dtype)
+    size = sum(weight.nbytes for weight in model.language_model.parameters())
+    native = native_from_plain(model)
+    assert not isinstance(native, str), native
+    assert not (folder / KERNELS).exists()
+    # What is laid out is not kept twice.
+    assert all(weight.is_meta for weight in model.language_model.parameters())
+    assert native.weights.size_bytes < 4 * size + 2**20
+    ids, pixels = picture_prompt()
+    expected = full_logits(load_model(folder, dtype=torch.float32), ids, pixels)[-1]
+    found = Engine(native).prefill(ids, pixels).logits_V
+    torch.testing.assert_close(found, expected, atol=allowed, rtol=allowed)
+
+
+def test_what_stays_in_torch(monkeypatch):
+    half = text_model()
+    half.compute_dtype = torch.float16
+    assert native_from_plain(half) == "it computes neither in fp32 nor in bf16"
+    monkeypatch.setattr("l4cli.inference.native_loading.MOST_PLAIN_BYTES", 1 << 10)
+    assert "l4 quantize" in str(native_from_plain(text_model()))
 
 
 def test_pictures_of_a_quantized_checkpoint(tmp_path):
