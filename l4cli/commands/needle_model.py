@@ -22,7 +22,7 @@ from l4cli.checkpoint import (
     require_weights_fit,
     resolve_checkpoint,
 )
-from l4cli.commands.chat_model import DTYPES, has_chat_template, native_model
+from l4cli.commands.chat_model import DTYPES, has_chat_template, in_cpp, native_model
 from l4cli.commands.needle_options import Request
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.cells import length_text
@@ -30,7 +30,6 @@ from l4cli.evals.needle.engine_subject import EngineSubject, Frame
 from l4cli.evals.needle.layer_subject import LayerSubject
 from l4cli.inference import CacheOptions, Engine
 from l4cli.inference.layer_major import open_streamed
-from l4cli.inference.native_loading import native_from_plain
 from l4cli.model import Llama4Config
 from l4cli.planning import available_memory
 from l4cli.planning.memory import ITEM_BYTES
@@ -200,9 +199,8 @@ class TestedModel:
             model = open_streamed(self.folder, self.device, dtype, self.config)
         else:
             model = load_model(self.folder, device=self.device, dtype=dtype, config=self.config)
-            if self.device.type == "cpu" and not self.layer_major:
-                found = native_from_plain(model)
-                model = model if isinstance(found, str) else found
+            if not self.layer_major:
+                model = in_cpp(model, self.folder, self.device)
         return Engine(
             model,
             num_token_ids=self.tokenizer.vocab_size,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l4cli.checkpoint import load_config, load_weights
+from l4cli.checkpoint import load_config, load_weights, open_weights
 from l4cli.checkpoint.hf_keys import TEXT_PREFIX
 from l4cli.checkpoint.manifest import KERNELS
 from l4cli.checkpoint.stored import CONFIG
@@ -31,6 +32,7 @@ from l4cli.inference.kernel_file import (
 from l4cli.inference.kernel_source import CheckpointSource
 from l4cli.inference.native import NativeModel, why_not
 from l4cli.model import Llama4Config, build_model
+from l4cli.ops.weight_only import LayoutError
 from l4cli.planning import available_memory
 
 _MOST_MEMORY = 0.5  # of what is free: beyond it weights stay in the file and come page by page
@@ -109,10 +111,10 @@ def native_from_plain(model: Any) -> NativeModel | str:
 def find_native(
     folder: Path, config: Llama4Config, on_making: Callable[[], None] | None = None
 ) -> NativeModel | str:
-    """A checkpoint's model in C++, or why torch must run it.
+    """A checkpoint's model in C++, or why its codes cannot run there.
 
     The file is made where it is missing for weights stored in codes; plain weights that have none
-    are torch's. `on_making` hears when it takes a while.
+    are not looked at. `on_making` hears when it takes a while.
     """
     reason = why_not()
     if reason is not None:
@@ -124,10 +126,22 @@ def find_native(
             on_making()
         try:
             make_file(folder)
+        except LayoutError as error:
+            return error.why
         except PermissionError:
-            weights = in_memory(*_of_folder(folder))
-            return NativeModel(weights, config, _vision(folder, config))
+            return _without_file(folder, config)
     return open_native(folder, config)
+
+
+def _without_file(folder: Path, config: Llama4Config) -> NativeModel | str:
+    """Laid out in memory where nothing may be written."""
+    if 2 * open_weights(folder).size_bytes > available_memory("cpu"):
+        return "its folder cannot be written to, and there is no memory to lay it out there"
+    try:
+        weights = in_memory(*_of_folder(folder))
+    except LayoutError as error:
+        return error.why
+    return NativeModel(weights, config, _vision(folder, config))
 
 
 def make_file(folder: Path, choose: Choose = keep) -> Path:
@@ -143,7 +157,7 @@ def open_native(folder: Path, config: Llama4Config) -> NativeModel:
     # Pages that are not in memory are asked for as soon as the router has spoken.
     model = NativeModel(weights, config, _vision(folder, config), is_prefetched=is_large)
     if not is_large:
-        model.exchange_for(lambda: open_file(path))
+        threading.Thread(target=weights.settle, daemon=True).start()
     return model
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_engine import picture_prompt
 from tiny_llama4 import full_logits, random_ids, text_model, vision_model
 
@@ -28,13 +30,15 @@ from l4cli.inference import Engine, Request, kernel_blobs
 from l4cli.inference.kernel_file import PAGE, is_current, open_file
 from l4cli.inference.native import NativeModel, why_not
 from l4cli.inference.native_loading import (
+    _without_file,
     find_native,
     make_file,
     native_from_model,
     native_from_plain,
     open_native,
 )
-from l4cli.quantization import RoundingQuantizer, WeightFormat
+from l4cli.ops.weight_only import dequantize
+from l4cli.quantization import QuantizedWeight, RoundingQuantizer, WeightFormat
 
 INT4 = WeightFormat("int4", 32)
 FORMATS = {
@@ -93,8 +97,6 @@ def test_codes_are_kept_exactly(tmp_path):
     native = find_native(folder, load_config(folder))
     assert not isinstance(native, str), native
     values = load_model(folder, dtype=torch.float32).state_dict()
-    from l4cli.ops.weight_only import dequantize
-
     for name, key in (("0.q_proj", "self_attn.q_proj"), ("2.o_proj", "self_attn.o_proj")):
         ((layout, packed),) = native.weights.weight_bytes(name)
         assert layout.kind == "int4"
@@ -207,6 +209,71 @@ def test_what_stays_in_torch(monkeypatch):
     assert native_from_plain(half) == "it computes neither in fp32 nor in bf16"
     monkeypatch.setattr("l4cli.inference.native_loading.MOST_PLAIN_BYTES", 1 << 10)
     assert "l4 quantize" in str(native_from_plain(text_model()))
+
+
+def with_scales(folder: Path, change) -> Path:
+    """Change the scales of all codes in a folder."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale"):
+            tensors[name] = change(tensor)
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def test_scales_that_no_kernel_has_are_left_to_others(tmp_path):
+    folder = quantized(text_model(), tmp_path / "model")
+    with_scales(folder, lambda scale: (scale.float() * 1.001).half())
+    config = load_config(folder)
+    assert "scales of groups in bf16" in str(find_native(folder, config))
+    assert not list((folder / "l4").glob("*kernels*"))
+    native = native_from_plain(load_model(folder))  # as `l4 chat` goes on
+    assert not isinstance(native, str)
+    ids = random_ids(20)
+    expected = full_logits(load_model(folder, dtype=torch.float32), ids)[-1]
+    torch.testing.assert_close(Engine(native).prefill(ids).logits_V, expected, atol=0.15, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group_size", "has_zero", "dtype", "laid_out_as"),
+    [
+        ("int4", 256, False, torch.bfloat16, ("int4", 128)),
+        ("int4", 256, True, torch.bfloat16, ("int4", 128)),
+        ("int4", 96, True, torch.bfloat16, ("int4", 32)),
+        ("int4", 768, False, torch.bfloat16, ("int4", 128)),
+        ("int4", 768, False, torch.float16, ("int8", 0)),
+        ("int8", 192, False, torch.bfloat16, ("int8", 64)),
+        ("int8", 768, False, torch.float32, ("int8", 0)),
+    ],
+)
+def test_other_groups_are_laid_out_exactly(kind, group_size, has_zero, dtype, laid_out_as):
+    make = torch.Generator().manual_seed(0)
+    top = 8 if kind == "int4" else 128
+    codes = torch.randint(-top, top, (20, 768), generator=make).to(torch.int8)
+    scale = torch.rand(20, 768 // group_size, generator=make).to(dtype)
+    zero = torch.randint(-8, 8, scale.shape, generator=make).to(torch.int8) if has_zero else None
+    format = WeightFormat(kind, group_size, symmetric=not has_zero)
+    weight = QuantizedWeight(format, codes, scale, zero)
+    layout, packed = kernel_blobs.laid_out(weight)
+    assert (layout.kind, layout.group_size) == laid_out_as
+    assert torch.equal(dequantize(packed, layout), weight.dequantize())
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    folder = quantized(text_model(), tmp_path / "model")
+    config = load_config(folder)
+    expected = Engine(find_native(folder, config)).prefill(random_ids(9)).logits_V
+    shutil.rmtree(folder / "l4")
+    if os.geteuid() == 0:  # who may write anywhere
+        native = _without_file(folder, config)
+    else:
+        folder.chmod(0o555)
+        native = find_native(folder, config)
+        folder.chmod(0o755)
+    assert not isinstance(native, str)
+    assert not (folder / KERNELS).exists()
+    assert torch.equal(Engine(native).prefill(random_ids(9)).logits_V, expected)
 
 
 def test_pictures_of_a_quantized_checkpoint(tmp_path):
