@@ -41,6 +41,13 @@ def why_not() -> str | None:
     return library if reason is None and isinstance(library, str) else reason
 
 
+def instructions() -> str:
+    """The processor's, that the library uses."""
+    library = native.load()
+    assert not isinstance(library, str), library
+    return str(library.l4_cpu_isa().decode())
+
+
 def decoder_choices() -> list[Choice]:
     """Which decoder answers on this machine's best device, for `l4 info --ops`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,8 +56,8 @@ def decoder_choices() -> list[Choice]:
     if reason is None:
         library = native.load()
         assert not isinstance(library, str)
-        isa, of_attention = library.l4_cpu_isa().decode(), library.l4_vector_isa().decode()
-        version, does = "cpp", f"a whole step in C++ ({isa}; attention: {of_attention})"
+        of_attention = library.l4_vector_isa().decode()
+        version, does = "cpp", f"a whole step in C++ ({instructions()}; attention: {of_attention})"
         reason = "the fastest there is"
     elif device == "cpu" and not reason.startswith("forced"):
         reason = f"not `cpp`: {reason}"
@@ -105,7 +112,7 @@ class NativeModel:
     @property
     def instructions(self) -> str:
         """The processor's, that are used."""
-        return str(self.library.l4_cpu_isa().decode())
+        return instructions()
 
     def parameters(self) -> Iterator[Tensor]:
         """Something that tells the device."""

@@ -30,7 +30,7 @@ from l4cli.inference.kernel_file import (
     write_beside,
 )
 from l4cli.inference.kernel_source import CheckpointSource
-from l4cli.inference.native import NativeModel, why_not
+from l4cli.inference.native import NativeModel, instructions, why_not
 from l4cli.model import Llama4Config, build_model
 from l4cli.ops.weight_only import LayoutError
 from l4cli.planning import available_memory
@@ -97,6 +97,8 @@ def native_from_plain(model: Any) -> NativeModel | str:
         return reason
     if model.compute_dtype not in (torch.float32, torch.bfloat16):
         return "it computes neither in fp32 nor in bf16"
+    if instructions() == "portable":
+        return "without vector instructions only packed weights are faster in C++"
     text = getattr(model, "language_model", model)
     size = sum(weight.nbytes for weight in text.parameters())
     if size > MOST_PLAIN_BYTES:
