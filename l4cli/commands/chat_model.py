@@ -20,8 +20,8 @@ from l4cli.checkpoint import load_config, load_model, open_weights, resolve_chec
 from l4cli.data.geometry import PictureGeometry, read_processor_files
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, SamplingOptions, open_offloaded, pack_weights
-from l4cli.inference.native import NativeModel
-from l4cli.inference.native_loading import find_native, is_quantized_folder
+from l4cli.inference.native import NativeModel, why_not
+from l4cli.inference.native_loading import find_native, is_quantized_folder, native_from_plain
 from l4cli.model import Llama4Config, count_parameters
 from l4cli.planning import available_memory
 from l4cli.text import Tokenizer, load_tokenizer
@@ -112,6 +112,9 @@ def open_model(
     else:
         _require_offload_memory(folder, config, dtype, place)
         model = open_offloaded(folder, place, DTYPES[dtype], offload.memory_bytes)
+    model = in_cpp(model, folder, place)
+    if isinstance(model, NativeModel):
+        return model
     reason = pack_weights(model)
     if reason is not None and place.type == "cpu":
         terminal.say(f"decoding from plain weights: {reason}")
@@ -131,10 +134,23 @@ def native_model(
     found = find_native(folder, config, on_making)
     if isinstance(found, str):
         if is_quantized_folder(folder):
-            terminal.say(f"quantized weights run in torch: {found}")
+            how = "run in torch" if why_not() is not None else "are unpacked to bf16"
+            terminal.say(f"quantized weights {how}: {found}")
         return None
     terminal.say(f"quantized weights run in C++ ({found.instructions})")
     return found
+
+
+def in_cpp(model: Any, folder: Path, device: torch.device) -> Any:
+    """A loaded model, in C++ on a CPU; says why where torch goes on with it."""
+    if device.type != "cpu":
+        return model
+    found = native_from_plain(model)
+    if not isinstance(found, str):
+        return found
+    if why_not() is None or not is_quantized_folder(folder):  # else `native_model` has said it
+        terminal.say(f"plain weights run in torch: {found}")
+    return model
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,10 @@ def info(
 def _show_ops() -> None:
     from dataclasses import asdict
 
+    from l4cli.inference.native import decoder_choices
     from l4cli.ops import describe
 
-    choices = describe()
+    choices = [*decoder_choices(), *describe()]
     terminal.emit({"kind": "ops", "ops": [asdict(choice) for choice in choices]})
     rows: dict[tuple[str, ...], list[str]] = {}
     for c in choices:

@@ -22,7 +22,7 @@ from l4cli.checkpoint import (
     require_weights_fit,
     resolve_checkpoint,
 )
-from l4cli.commands.chat_model import DTYPES, has_chat_template, native_model
+from l4cli.commands.chat_model import DTYPES, has_chat_template, in_cpp, native_model
 from l4cli.commands.needle_options import Request
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.cells import length_text
@@ -199,6 +199,8 @@ class TestedModel:
             model = open_streamed(self.folder, self.device, dtype, self.config)
         else:
             model = load_model(self.folder, device=self.device, dtype=dtype, config=self.config)
+            if not self.layer_major:
+                model = in_cpp(model, self.folder, self.device)
         return Engine(
             model,
             num_token_ids=self.tokenizer.vocab_size,

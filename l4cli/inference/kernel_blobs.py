@@ -16,7 +16,14 @@ from torch import Tensor
 from l4cli.inference.kernel_file import Blob
 from l4cli.model import Llama4Config
 from l4cli.model.config import TextConfig
-from l4cli.ops.weight_only import Layout, lay_out, lay_out_values, layout_of
+from l4cli.ops.weight_only import (
+    GROUP_SIZES,
+    Layout,
+    is_bf16,
+    lay_out,
+    lay_out_values,
+    layout_of,
+)
 from l4cli.quantization import QuantizedWeight, WeightFormat, round_weight
 
 ROWS = WeightFormat("int8")  # a scale a row
@@ -150,9 +157,30 @@ def laid_out(weight: Tensor | QuantizedWeight) -> tuple[Layout, Tensor]:
     if isinstance(weight, QuantizedWeight) and weight.format.name == "fp8":
         weight = weight.dequantize(torch.bfloat16)
     if isinstance(weight, QuantizedWeight):
-        kind, scale, zero = weight.format.name, weight.scale, weight.zero
+        kind, scale, zero = _as_kernels_have_it(weight)
         return layout_of(kind, weight.codes, scale, zero), lay_out(kind, weight.codes, scale, zero)
     if weight.dtype not in (torch.float32, torch.bfloat16):
         weight = weight.float()
     kind = "fp32" if weight.dtype == torch.float32 else "bf16"
     return Layout(kind, *weight.shape), lay_out_values(weight)
+
+
+def _as_kernels_have_it(weight: QuantizedWeight) -> tuple[str, Tensor, Tensor | None]:
+    """The same values in a kind and groups that have a kernel, where there are such.
+
+    out: kind, scale and zero of the same codes
+    """
+    kind, scale, zero = weight.format.name, weight.scale, weight.zero
+    length = weight.shape[1] // scale.shape[1]  # of a group
+    is_by_row = scale.shape[1] == 1
+    if length in GROUP_SIZES or (kind == "int8" and is_by_row):
+        return kind, scale, zero
+    fitting = [size for size in GROUP_SIZES if length % size == 0]
+    if kind == "int4" and is_by_row and zero is None and not (fitting and is_bf16(scale)):
+        return "int8", scale, None  # whose rows have their scale in fp32
+    if not fitting:
+        return kind, scale, zero  # `lay_out` says what is wrong
+    # A long group is several that have the same scale.
+    count = length // fitting[-1]
+    zero = None if zero is None else zero.repeat_interleave(count, 1)
+    return kind, scale.repeat_interleave(count, 1), zero

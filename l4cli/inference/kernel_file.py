@@ -29,6 +29,7 @@ from l4cli.checkpoint.atomic import replacing
 from l4cli.checkpoint.headers import read_header
 from l4cli.checkpoint.manifest import KERNELS
 from l4cli.errors import L4Error
+from l4cli.inference import huge_pages
 from l4cli.model import Llama4Config
 from l4cli.ops.weight_only import LAYOUT_VERSION, Layout
 
@@ -69,6 +70,10 @@ class KernelFile:
     @property
     def size_bytes(self) -> int:
         return len(self.bytes)
+
+    def settle(self) -> None:
+        """Bring a mapped file into huge pages where it lies; others may read it meanwhile."""
+        huge_pages.take_over(self.address, self.size_bytes)
 
     def weights(self, name: str) -> list[tuple[Layout, int]]:
         """The laid out weights of a blob and their addresses."""
@@ -162,7 +167,7 @@ def write_beside(
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise PermissionError(*error.args) from error
         why = (error.strerror or str(error)).lower()
-        fix = "free some space, or make the folder writable"
+        fix = "free some space; `--dtype bf16` needs no such file, and four times the memory"
         raise L4Error(f"cannot write `{path}`", why=why, fix=fix) from error
     return path
 

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.weight_only import why_not
 from src_kernels.cpu import engine as native
 
 
 @functools.cache
 def _library() -> CDLL | None:
+    if why_not(torch.device("cpu")) is not None:
+        return None
     library = native.load()
     return None if isinstance(library, str) else library
 

@@ -7,28 +7,25 @@ the cache as ever. Pictures are embedded by torch.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from ctypes import byref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import src_kernels.cpu as kernels
-from l4cli.errors import L4Error
 from l4cli.inference.cache import Cache, CacheBatch
 from l4cli.inference.kept import Plain
 from l4cli.inference.kernel_file import KernelFile
 from l4cli.inference.layer_cache import LayerCache
 from l4cli.inference.native_past import Pasts, described, is_readable, pointers, runs_in_chunks
+from l4cli.inference.native_structures import Structures, described_weights
 from l4cli.inference.turns import Turns
 from l4cli.model import Llama4Config
 from l4cli.ops.batch import Batch
-from l4cli.ops.choice import is_reference_forced
+from l4cli.ops.choice import Choice, is_reference_forced
 from l4cli.ops.moe import Routing
-from l4cli.ops.weight_only import KINDS, Layout
+from l4cli.ops.weight_only import why_not as kernels_why_not
 from src_kernels.cpu import engine as native
 
 MOST_ROWS = 32  # sequences that take a token each in one call
@@ -36,11 +33,35 @@ PREFILL_CHUNK = 512  # tokens read at once: enough for each expert, and little m
 
 
 def why_not() -> str | None:
-    """Why no model runs in C++ here; None when it can."""
+    """Why no model runs in C++ here; None when it can. raises: UsageError for a bad L4_CPU_ISA"""
     if is_reference_forced():
         return "forced by `L4_OPS=reference`"
+    reason = kernels_why_not(torch.device("cpu"))
     library = native.load()
-    return library if isinstance(library, str) else None
+    return library if reason is None and isinstance(library, str) else reason
+
+
+def instructions() -> str:
+    """The processor's, that the library uses."""
+    library = native.load()
+    assert not isinstance(library, str), library
+    return str(library.l4_cpu_isa().decode())
+
+
+def decoder_choices() -> list[Choice]:
+    """Which decoder answers on this machine's best device, for `l4 info --ops`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = f"not `cpp`: {device} has kernels of its own" if device != "cpu" else why_not()
+    version, does = "torch", "a module after the other"
+    if reason is None:
+        library = native.load()
+        assert not isinstance(library, str)
+        of_attention = library.l4_vector_isa().decode()
+        version, does = "cpp", f"a whole step in C++ ({instructions()}; attention: {of_attention})"
+        reason = "the fastest there is"
+    elif device == "cpu" and not reason.startswith("forced"):
+        reason = f"not `cpp`: {reason}"
+    return [Choice("decoder", version, does, reason, device, dtype) for dtype in ("bf16", "fp32")]
 
 
 class NativeModel:
@@ -69,37 +90,19 @@ class NativeModel:
         self.model_id: str = weights.metadata["model_id"]
         self.is_exact = weights.metadata["is_exact"] == "1"
         self.is_moe = [text.is_moe(i) for i in range(text.num_hidden_layers)]
-        self._use(weights)
-        self.coming: KernelFile | None = None
+        shape = (text.vocab_size, text.hidden_size)
+        kind = torch.float32 if self.is_exact else torch.int8
+        self.weights = weights
+        self.table_VD = weights.array("embed", kind, shape[0] * shape[1]).view(shape)
+        scale = weights.array("embed_scale", torch.float32, text.vocab_size)
+        self.table_scale_V1 = scale.view(-1, 1)
+        self.head, self.head_form = described_weights(weights, "head")[0]
+        self.structures = Structures(weights, text, is_prefetched)
+        self.model = self.structures.model
         self.pasts = Pasts(text.num_key_value_heads, text.head_dim, self.compute_dtype)
         self.turns = Turns(text)
         self.scratch: dict[tuple[str, int, int], Tensor] = {}
         self.device_probe = torch.empty(0)
-
-    def _use(self, weights: KernelFile) -> None:
-        """Point all structures at these weights."""
-        self.weights, text = weights, self.config.text
-        shape = (text.vocab_size, text.hidden_size)
-        kind = torch.float32 if self.is_exact else torch.int8
-        self.table_VD = weights.array("embed", kind, shape[0] * shape[1]).view(shape)
-        scale = weights.array("embed_scale", torch.float32, text.vocab_size)
-        self.table_scale_V1 = scale.view(-1, 1)
-        self.head = _weights(weights, "head")[0]
-        self.layers = (native.Layer * text.num_hidden_layers)()
-        self.kept: list[Any] = []  # arrays that structures point to
-        for i in range(text.num_hidden_layers):
-            self._describe_layer(i)
-        self.model = self._describe_model()
-
-    def exchange_for(self, load: Callable[[], KernelFile]) -> None:
-        """Have the same weights loaded elsewhere in the background, and use those from then on."""
-
-        def run() -> None:
-            # What is in use goes on serving.
-            with contextlib.suppress(OSError, L4Error):
-                self.coming = load()
-
-        threading.Thread(target=run, daemon=True).start()
 
     # What `Engine` asks of a module.
 
@@ -109,7 +112,7 @@ class NativeModel:
     @property
     def instructions(self) -> str:
         """The processor's, that are used."""
-        return str(self.library.l4_cpu_isa().decode())
+        return instructions()
 
     def parameters(self) -> Iterator[Tensor]:
         """Something that tells the device."""
@@ -130,9 +133,9 @@ class NativeModel:
         """Logits in fp32. shapes: [..., D] -> [..., V]"""
         x_MD = hidden.float().reshape(-1, hidden.shape[-1]).contiguous()
         num_rows, threads = len(x_MD), torch.get_num_threads()
-        head, form = self.head
+        head = self.head
         logits_MV = torch.empty(num_rows, head.rows)
-        size = self.library.l4_rows_bytes(num_rows, head.cols, form)
+        size = self.library.l4_rows_bytes(num_rows, head.cols, self.head_form)
         scratch = torch.empty(size, dtype=torch.uint8)
         failed = self.library.l4_linear(
             byref(head),
@@ -155,9 +158,6 @@ class NativeModel:
         num_needed: int | None = None,
     ) -> Tensor:
         """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD fp32"""
-        if self.coming is not None:
-            self._use(self.coming)
-            self.coming = None
         h_BTD = self.embed(batch.input_ids, batch.pixel_values)
         rows = _rows_of(cache)
         num_rows, length, _ = h_BTD.shape
@@ -332,48 +332,6 @@ class NativeModel:
             self.scratch[key] = found
         return found
 
-    # Structures.
-
-    def _describe_layer(self, i: int) -> None:
-        text, layer = self.config.text, self.layers[i]
-        for letter in "qkvo":
-            setattr(layer, letter, _weights(self.weights, f"{i}.{letter}_proj")[0][0])
-        layer.input_norm = self.weights.place(f"{i}.input_norm")
-        layer.post_norm = self.weights.place(f"{i}.post_norm")
-        layer.uses_rope = text.uses_rope(i)
-        layer.turn = 0 if text.is_local(i) else 1
-        layer.unit_norm = text.rope_of(i).use_qk_norm
-        if text.scalable_softmax and not text.uses_rope(i):
-            layer.softmax_scale = self.weights.place(f"{i}.softmax_scale")
-        layer.gate, layer.up, layer.down = (w for w, _ in _weights(self.weights, f"{i}.mlp"))
-        layer.is_moe = text.is_moe(i)
-        if text.is_moe(i):
-            layer.router = self.weights.place(f"{i}.router")
-            experts = (kernels.Weight * (3 * text.num_local_experts))()
-            for e in range(text.num_local_experts):
-                for j, (weight, _) in enumerate(_weights(self.weights, f"{i}.experts.{e}")):
-                    experts[3 * e + j] = weight
-            self.kept.append(experts)
-            layer.experts = experts
-
-    def _describe_model(self) -> native.Model:
-        text = self.config.text
-        return native.Model(
-            text.hidden_size,
-            text.num_attention_heads,
-            text.num_key_value_heads,
-            text.head_dim,
-            text.num_hidden_layers,
-            text.num_local_experts,
-            text.num_experts_per_tok,
-            text.intermediate_size,
-            text.intermediate_size_mlp,
-            text.rms_norm_eps,
-            self.is_prefetched,
-            self.layers,
-            self.weights.place("norm"),
-        )
-
 
 class _Room(NamedTuple):
     """What goes into attention and comes out, fp32. shapes: [B, T, N or K, H]"""
@@ -382,23 +340,6 @@ class _Room(NamedTuple):
     k: Tensor
     v: Tensor
     out: Tensor
-
-
-def _weights(file: KernelFile, name: str) -> list[tuple[kernels.Weight, int]]:
-    """The weights of a blob as C reads them, and the form of rows each wants."""
-    return [(_weight(layout, address), _form(layout)) for layout, address in file.weights(name)]
-
-
-def _weight(layout: Layout, address: int) -> kernels.Weight:
-    shape = (layout.num_outputs, layout.num_inputs)
-    return kernels.Weight(
-        address, KINDS[layout.kind], *shape, layout.group_size, int(layout.has_zero)
-    )
-
-
-def _form(layout: Layout) -> int:
-    forms = {"fp32": kernels.AS_FP32, "bf16": kernels.AS_BF16}
-    return forms.get(layout.kind, kernels.AS_INT8)
 
 
 def _rows_of(cache: Any) -> list[Cache] | None:

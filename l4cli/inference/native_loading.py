@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l4cli.checkpoint import load_config, load_weights
+from l4cli.checkpoint import load_config, load_weights, open_weights
 from l4cli.checkpoint.hf_keys import TEXT_PREFIX
 from l4cli.checkpoint.manifest import KERNELS
 from l4cli.checkpoint.stored import CONFIG
@@ -29,11 +30,14 @@ from l4cli.inference.kernel_file import (
     write_beside,
 )
 from l4cli.inference.kernel_source import CheckpointSource
-from l4cli.inference.native import NativeModel, why_not
+from l4cli.inference.native import NativeModel, instructions, why_not
 from l4cli.model import Llama4Config, build_model
+from l4cli.ops.weight_only import LayoutError
 from l4cli.planning import available_memory
 
 _MOST_MEMORY = 0.5  # of what is free: beyond it weights stay in the file and come page by page
+MOST_PLAIN_BYTES = 2 << 30  # of weights that are laid out anew at every start
+_PLAIN_COPIES = 3  # while they are laid out: the model, a buffer, what stays
 FINGERPRINT_ELEMENTS = 4096  # of each tensor that tells models apart
 
 
@@ -83,13 +87,36 @@ def native_from_model(
     return NativeModel(open_file(path), config, vision)
 
 
+def native_from_plain(model: Any) -> NativeModel | str:
+    """A model that torch has loaded, in C++ in its own precision; or why torch goes on with it.
+
+    Its text half is used up.
+    """
+    reason = why_not()
+    if reason is not None:
+        return reason
+    if model.compute_dtype not in (torch.float32, torch.bfloat16):
+        return "it computes neither in fp32 nor in bf16"
+    if instructions() == "portable":
+        return "without vector instructions only packed weights are faster in C++"
+    text = getattr(model, "language_model", model)
+    size = sum(weight.nbytes for weight in text.parameters())
+    if size > MOST_PLAIN_BYTES:
+        return f"only up to {MOST_PLAIN_BYTES >> 30} GiB are laid out without a file; `l4 quantize`"
+    if size * (_PLAIN_COPIES - 1) > available_memory("cpu"):
+        return "there is no memory to lay them out"
+    native = native_from_model(model, is_exact=True)
+    text.to("meta")
+    return native
+
+
 def find_native(
     folder: Path, config: Llama4Config, on_making: Callable[[], None] | None = None
 ) -> NativeModel | str:
-    """A checkpoint's model in C++, or why torch must run it.
+    """A checkpoint's model in C++, or why its codes cannot run there.
 
     The file is made where it is missing for weights stored in codes; plain weights that have none
-    are torch's. `on_making` hears when it takes a while.
+    are not looked at. `on_making` hears when it takes a while.
     """
     reason = why_not()
     if reason is not None:
@@ -101,10 +128,22 @@ def find_native(
             on_making()
         try:
             make_file(folder)
+        except LayoutError as error:
+            return error.why
         except PermissionError:
-            weights = in_memory(*_of_folder(folder))
-            return NativeModel(weights, config, _vision(folder, config))
+            return _without_file(folder, config)
     return open_native(folder, config)
+
+
+def _without_file(folder: Path, config: Llama4Config) -> NativeModel | str:
+    """Laid out in memory where nothing may be written."""
+    if 2 * open_weights(folder).size_bytes > available_memory("cpu"):
+        return "its folder cannot be written to, and there is no memory to lay it out there"
+    try:
+        weights = in_memory(*_of_folder(folder))
+    except LayoutError as error:
+        return error.why
+    return NativeModel(weights, config, _vision(folder, config))
 
 
 def make_file(folder: Path, choose: Choose = keep) -> Path:
@@ -120,7 +159,7 @@ def open_native(folder: Path, config: Llama4Config) -> NativeModel:
     # Pages that are not in memory are asked for as soon as the router has spoken.
     model = NativeModel(weights, config, _vision(folder, config), is_prefetched=is_large)
     if not is_large:
-        model.exchange_for(lambda: open_file(path))
+        threading.Thread(target=weights.settle, daemon=True).start()
     return model
 
 

@@ -27,6 +27,7 @@ class _Seen:
     """One layer when it was last looked at; the tail's length is counted on."""
 
     sealed: tuple[Part, ...]
+    num_packed: int  # packing may leave the tail as long as it was
     tail: Plain | None
     tail_length: int
     capacity: int
@@ -57,6 +58,7 @@ class Pasts:
                 layer.tail is not seen.tail
                 or layer.tail_length != seen.tail_length
                 or layer.sealed is not seen.sealed
+                or _num_packed(layer) != seen.num_packed
                 or seen.tail_length == seen.capacity
             ):
                 all_seen[i] = self._look(layer, array[i])
@@ -79,7 +81,12 @@ class Pasts:
         past.parts = array
         past.num_parts, past.num_sealed = len(array), len(layer.sealed)
         past.sealed_id = id(layer.sealed) if layer.sealed else 0
-        return _Seen(layer.sealed, tail, layer.tail_length, tail[0].shape[1], array)
+        num_packed = _num_packed(layer)
+        return _Seen(layer.sealed, num_packed, tail, layer.tail_length, tail[0].shape[1], array)
+
+
+def _num_packed(layer: LayerCache) -> int:
+    return 0 if layer.packed is None else layer.packed.num_tokens
 
 
 def described(parts: list[Part]) -> ctypes.Array[native.Part]:

@@ -25,6 +25,7 @@ LAYOUT_VERSION = kernels.LAYOUT_VERSION
 ALIGNMENT = 64  # of every block, so of a weight's first byte too
 BLOCK = 16  # outputs that lie together
 SEGMENT = 4  # groups whose scales lie together, in front of their codes
+GROUP_SIZES = (32, 64, 128)  # inputs that can share a scale
 _FILL = 32  # inputs are filled up to a multiple
 KINDS = {
     "fp32": kernels.FP32,
@@ -39,6 +40,10 @@ _FORMS = {
     "int4": kernels.AS_INT8,
 }
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LayoutError(L4Error):
+    """There is no layout that keeps a weight exactly."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Layout:
             return None if not (self.group_size or self.has_zero) else "values have no groups"
         if self.kind == "int8" and (self.has_zero or not self.group_size):
             return "int8 has no zero points" if self.has_zero else None
-        if self.group_size not in (32, 64, 128):
+        if self.group_size not in GROUP_SIZES:
             return f"groups are of 32, 64 or 128 inputs, not {self.group_size}"
         if self.num_inputs % self.group_size:
             return f"{self.num_inputs} inputs are no multiple of the group, {self.group_size}"
@@ -118,7 +123,7 @@ def lay_out(kind: str, codes_OI: Tensor, scale: Tensor, zero: Tensor | None = No
     """Bring codes and scales into the kernels' order; as bytes, ready for a file.
 
     shapes: codes [O, I] int8; scale, zero [O, I / G] ([O, 1] for int8: a scale a row) -> [bytes]
-    raises: L4Error for a scale of a group that bf16 does not hold exactly, and for odd shapes
+    raises: LayoutError for a scale of a group that bf16 does not hold exactly, and for odd shapes
     """
     layout = layout_of(kind, codes_OI, scale, zero)
     offset = 8 if kind == "int4" else 128
@@ -131,9 +136,9 @@ def lay_out(kind: str, codes_OI: Tensor, scale: Tensor, zero: Tensor | None = No
     else:
         codes = codes.view(-1, BLOCK, codes.shape[1] // 4, 4)
     if layout.group_size:
-        if not torch.equal(scale.bfloat16().to(scale.dtype), scale):
+        if not is_bf16(scale):
             why = "the kernels keep scales of groups in bf16, and rounding would change the weight"
-            raise L4Error("cannot lay out a weight", why=why, fix="round the scales to bf16 first")
+            raise LayoutError("cannot lay out a weight", why=why, fix="round the scales to bf16")
         scale = scale.bfloat16()
     else:
         scale = scale.float()
@@ -142,6 +147,11 @@ def lay_out(kind: str, codes_OI: Tensor, scale: Tensor, zero: Tensor | None = No
     if zero is not None:
         parts.append(_by_block(layout, (zero.to(torch.int16) + 8).to(torch.uint8), 8))
     return _joined(layout, *parts)
+
+
+def is_bf16(values: Tensor) -> bool:
+    """Whether bf16 holds all of them exactly."""
+    return torch.equal(values.bfloat16().to(values.dtype), values)
 
 
 def lay_out_values(weight_OI: Tensor) -> Tensor:
@@ -156,7 +166,7 @@ def lay_out_values(weight_OI: Tensor) -> Tensor:
 
 
 def layout_of(kind: str, codes_OI: Tensor, scale: Tensor, zero: Tensor | None = None) -> Layout:
-    """The layout that `lay_out` gives. raises: L4Error"""
+    """The layout that `lay_out` gives. raises: LayoutError"""
     num_outputs, num_inputs = codes_OI.shape
     is_by_row = kind == "int8" and scale.shape[1] == 1
     group_size = 0 if is_by_row else num_inputs // scale.shape[1]
@@ -166,7 +176,7 @@ def layout_of(kind: str, codes_OI: Tensor, scale: Tensor, zero: Tensor | None = 
         problem = f"scales {tuple(scale.shape)} do not fit"
     if problem:
         what = f"cannot lay out a weight of {num_outputs} x {num_inputs} in {kind}"
-        raise L4Error(what, why=problem, fix="keep it in bf16")
+        raise LayoutError(what, why=problem, fix="keep it in bf16")
     return layout
 
 
@@ -251,6 +261,8 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32) -> str | N
     """Why the kernels cannot run; None when they can. raises: UsageError for a bad L4_CPU_ISA"""
     if device.type != "cpu":
         return f"{device.type} has kernels of its own"
+    if kernels.must_compile():
+        terminal.say("compiling the CPU kernels, once")
     library = kernels.load()
     if isinstance(library, str):
         return library

@@ -10,7 +10,7 @@ import functools
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-from src_kernels.cpu.compiling import LIBRARY, compile_in_cache
+from src_kernels.cpu.compiling import LIBRARY, cached_library, compile_in_cache, compiler
 
 LAYOUT_VERSION = 1
 FP32, BF16, INT8, INT4 = range(4)  # kinds of weights: L4_FP32 ... in linear.h
@@ -55,6 +55,11 @@ def load() -> ctypes.CDLL | str:
     if isinstance(made, str):
         return f"{installed}, and {made}"
     return _open(made)
+
+
+def must_compile() -> bool:
+    """Whether `load` will compile first, which takes a while."""
+    return not LIBRARY.exists() and not cached_library().exists() and compiler() is not None
 
 
 def _open(path: Path) -> ctypes.CDLL | str:

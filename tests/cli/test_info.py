@@ -292,9 +292,34 @@ def test_real_vocabulary(llama4_vocabulary: Path, capsys: pytest.CaptureFixture[
 def test_ops(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--ops", "--json"]) == 0
     ops = json.loads(capsys.readouterr().out)["ops"]
-    assert {op["op"] for op in ops} >= {"routed_experts", "linear_cross_entropy"}
+    assert {op["op"] for op in ops} >= {"routed_experts", "linear_cross_entropy", "decoder"}
     assert all(op["version"] and op["reason"] for op in ops)
     assert "routed_experts" in text_of(capsys, "--ops")
+
+
+@pytest.mark.parametrize(
+    ("variables", "version", "said"),
+    [
+        ({"L4_OPS": "reference"}, "torch", "forced by `L4_OPS=reference`"),
+        ({"L4_CPU_ISA": "portable"}, "cpp", "a whole step in C++ (portable; attention: portable)"),
+        ({"CXX": "none", "XDG_CACHE_HOME": "/nowhere"}, "torch", "no C++ compiler found"),
+    ],
+)
+def test_which_decoder(variables: dict[str, str], version: str, said: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine's best device is no CPU")
+    hide = "import src_kernels.cpu as k, pathlib; k.LIBRARY = pathlib.Path('/nowhere.so'); "
+    script = (hide if "CXX" in variables else "") + "import sys; from l4cli.cli import main; "
+    script += "sys.exit(main(['info', '--ops', '--json']))"
+    call = [sys.executable, "-c", script]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    decoder = next(op for op in json.loads(done.stdout)["ops"] if op["op"] == "decoder")
+    if version == "cpp" and "no C++ compiler" in decoder["reason"]:
+        pytest.skip(decoder["reason"])
+    assert decoder["version"] == version
+    assert said in f"{decoder['does']} {decoder['reason']}"
 
 
 def test_several_targets_are_several_lines(

@@ -253,3 +253,19 @@ def test_a_cache_that_torch_wrote_to_between_steps():
             logits = reader.lm_head(reader.hidden(batch, cache)[0, -1])
         cache.tokens.append(int(ids[i]))
         torch.testing.assert_close(logits, expected[i], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_packing_that_leaves_the_tail_as_long_as_it_was():
+    ids, steps = random_ids(530), []
+    for model in pair(max_position_embeddings=1024):
+        engine = Engine(model, cache_options=CacheOptions("int8"))
+        cache = engine.prefill(ids[:400])
+        for first in (400, 401 + 128):  # a decoded token, a group of read ones, a decoded token
+            batch = Batch.continuing(ids[None, first : first + 1], torch.tensor([[first]]))
+            logits = model.lm_head(model.hidden(batch, cache)[0, -1])
+            cache.tokens.append(int(ids[first]))
+            if first == 400:
+                engine.prefill(ids[401 : 401 + 128], cache=cache)
+        steps.append(logits)
+    torch.testing.assert_close(steps[1], steps[0], atol=1e-4, rtol=1e-4)

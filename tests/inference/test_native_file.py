@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_engine import picture_prompt
 from tiny_llama4 import full_logits, random_ids, text_model, vision_model
 
+import src_kernels.cpu as kernels
 from l4cli.checkpoint import (
     load_config,
     load_model,
@@ -26,14 +29,17 @@ from l4cli.data.geometry import PictureGeometry
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, Request, kernel_blobs
 from l4cli.inference.kernel_file import PAGE, is_current, open_file
-from l4cli.inference.native import NativeModel, why_not
+from l4cli.inference.native import NativeModel, instructions, why_not
 from l4cli.inference.native_loading import (
+    _without_file,
     find_native,
     make_file,
     native_from_model,
+    native_from_plain,
     open_native,
 )
-from l4cli.quantization import RoundingQuantizer, WeightFormat
+from l4cli.ops.weight_only import dequantize
+from l4cli.quantization import QuantizedWeight, RoundingQuantizer, WeightFormat
 
 INT4 = WeightFormat("int4", 32)
 FORMATS = {
@@ -92,8 +98,6 @@ def test_codes_are_kept_exactly(tmp_path):
     native = find_native(folder, load_config(folder))
     assert not isinstance(native, str), native
     values = load_model(folder, dtype=torch.float32).state_dict()
-    from l4cli.ops.weight_only import dequantize
-
     for name, key in (("0.q_proj", "self_attn.q_proj"), ("2.o_proj", "self_attn.o_proj")):
         ((layout, packed),) = native.weights.weight_bytes(name)
         assert layout.kind == "int4"
@@ -181,6 +185,107 @@ def test_plain_weights_are_torchs(tmp_path):
     expected = full_logits(load_model(folder), random_ids(30))[-1]
     found = Engine(native).prefill(random_ids(30)).logits_V
     torch.testing.assert_close(found, expected, atol=0.15, rtol=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_plain_weights_in_memory(dtype, allowed, tmp_path):
+    if instructions() == "portable":
+        pytest.skip("they are torch's without vector instructions")
+    folder = saved(vision_model(), tmp_path / "model")
+    model = load_model(folder, dtype=dtype)
+    size = sum(weight.nbytes for weight in model.language_model.parameters())
+    native = native_from_plain(model)
+    assert not isinstance(native, str), native
+    assert not (folder / KERNELS).exists()
+    # What is laid out is not kept twice.
+    assert all(weight.is_meta for weight in model.language_model.parameters())
+    assert native.weights.size_bytes < 4 * size + 2**20
+    ids, pixels = picture_prompt()
+    expected = full_logits(load_model(folder, dtype=torch.float32), ids, pixels)[-1]
+    found = Engine(native).prefill(ids, pixels).logits_V
+    torch.testing.assert_close(found, expected, atol=allowed, rtol=allowed)
+
+
+def test_what_stays_in_torch(monkeypatch):
+    isa = kernels.load().l4_cpu_isa()
+    kernels.load().l4_cpu_use_isa(b"portable")
+    try:
+        assert "vector instructions" in str(native_from_plain(text_model()))
+    finally:
+        kernels.load().l4_cpu_use_isa(isa)
+    if isa == b"portable":
+        return
+    half = text_model()
+    half.compute_dtype = torch.float16
+    assert native_from_plain(half) == "it computes neither in fp32 nor in bf16"
+    monkeypatch.setattr("l4cli.inference.native_loading.MOST_PLAIN_BYTES", 1 << 10)
+    assert "l4 quantize" in str(native_from_plain(text_model()))
+
+
+def with_scales(folder: Path, change) -> Path:
+    """Change the scales of all codes in a folder."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale"):
+            tensors[name] = change(tensor)
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def test_scales_that_no_kernel_has_are_left_to_others(tmp_path):
+    folder = quantized(text_model(), tmp_path / "model")
+    with_scales(folder, lambda scale: (scale.float() * 1.001).half())
+    config = load_config(folder)
+    assert "scales of groups in bf16" in str(find_native(folder, config))
+    assert not list((folder / "l4").glob("*kernels*"))
+    native = native_from_plain(load_model(folder))  # as `l4 chat` goes on
+    if isinstance(native, str):
+        pytest.skip(native)
+    ids = random_ids(20)
+    expected = full_logits(load_model(folder, dtype=torch.float32), ids)[-1]
+    torch.testing.assert_close(Engine(native).prefill(ids).logits_V, expected, atol=0.15, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group_size", "has_zero", "dtype", "laid_out_as"),
+    [
+        ("int4", 256, False, torch.bfloat16, ("int4", 128)),
+        ("int4", 256, True, torch.bfloat16, ("int4", 128)),
+        ("int4", 96, True, torch.bfloat16, ("int4", 32)),
+        ("int4", 768, False, torch.bfloat16, ("int4", 128)),
+        ("int4", 768, False, torch.float16, ("int8", 0)),
+        ("int8", 192, False, torch.bfloat16, ("int8", 64)),
+        ("int8", 768, False, torch.float32, ("int8", 0)),
+    ],
+)
+def test_other_groups_are_laid_out_exactly(kind, group_size, has_zero, dtype, laid_out_as):
+    make = torch.Generator().manual_seed(0)
+    top = 8 if kind == "int4" else 128
+    codes = torch.randint(-top, top, (20, 768), generator=make).to(torch.int8)
+    scale = torch.rand(20, 768 // group_size, generator=make).to(dtype)
+    zero = torch.randint(-8, 8, scale.shape, generator=make).to(torch.int8) if has_zero else None
+    format = WeightFormat(kind, group_size, symmetric=not has_zero)
+    weight = QuantizedWeight(format, codes, scale, zero)
+    layout, packed = kernel_blobs.laid_out(weight)
+    assert (layout.kind, layout.group_size) == laid_out_as
+    assert torch.equal(dequantize(packed, layout), weight.dequantize())
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    folder = quantized(text_model(), tmp_path / "model")
+    config = load_config(folder)
+    expected = Engine(find_native(folder, config)).prefill(random_ids(9)).logits_V
+    shutil.rmtree(folder / "l4")
+    if os.geteuid() == 0:  # who may write anywhere
+        native = _without_file(folder, config)
+    else:
+        folder.chmod(0o555)
+        native = find_native(folder, config)
+        folder.chmod(0o755)
+    assert not isinstance(native, str)
+    assert not (folder / KERNELS).exists()
+    assert torch.equal(Engine(native).prefill(random_ids(9)).logits_V, expected)
 
 
 def test_pictures_of_a_quantized_checkpoint(tmp_path):

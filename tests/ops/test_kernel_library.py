@@ -94,6 +94,22 @@ def test_it_is_compiled_into_the_cache_once(
     assert compiling.cached_library() != made
 
 
+def test_compiling_is_announced_only_where_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    assert kernels.must_compile()
+    cached = compiling.cached_library()
+    cached.parent.mkdir()
+    cached.touch()
+    assert not kernels.must_compile()
+    cached.unlink()
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert not kernels.must_compile()
+
+
 @needs_compiler
 def test_a_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.cpp"
