@@ -318,6 +318,8 @@ def show_plan(job: Job) -> None:
     for shape in shapes:
         stage, recipe, num_rows = shape.wanted.stage, shape.recipe, shape.wanted.num_rows
         at_once = data_setup.default_micro_batch_size(num_rows, stage.seq_len)
+        if recipe.dtype == "fp8":
+            shared.check_fp8(shape.config, device)
         plan = plan_training(
             shape.config,
             optim=recipe.optim,

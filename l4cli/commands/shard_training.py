@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from l4cli import terminal
 from l4cli.commands import training_options as train
+from l4cli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +70,25 @@ def passes_at_once(config: Llama4Config, device: torch.device) -> int:
     return num_at_once(count_parameters(config).total, device, num_threads())
 
 
+def check_fp8(config: Llama4Config, device: torch.device) -> None:
+    """Say where fp8 is only emulated. raises: UsageError where it cannot be computed at all"""
+    import torch
+
+    from l4cli.ops.fp8 import BLOCK, FP8_EXPERTS
+
+    text, fix = config.text, "`--dtype bf16`"
+    what = "cannot use `--dtype fp8`"
+    if not any(text.is_moe(i) for i in range(text.num_hidden_layers)):
+        raise UsageError(what, why="experts compute in it, and the model has none", fix=fix)
+    widths = (text.hidden_size, text.intermediate_size)
+    if any(width % BLOCK for width in widths):
+        why = f"the widths {widths[0]} and {widths[1]} of experts are not both multiples of {BLOCK}"
+        raise UsageError(what, why=why, fix=fix)
+    version, reason = FP8_EXPERTS.choose(device, torch.bfloat16)
+    if version.name == "reference":
+        terminal.say(f"`--dtype fp8` is emulated here, slower than bf16: {reason}")
+
+
 def plan_run(
     recipe: Recipe,
     config: Llama4Config,
@@ -80,6 +101,8 @@ def plan_run(
     """Work out what the run needs, and refuse to begin one that does not fit."""
     from l4cli.planning import plan_training, require_training_fits
 
+    if recipe.dtype == "fp8":
+        check_fp8(config, device)
     shape: dict[str, Any] = {
         "optim": recipe.optim,
         "dtype": recipe.dtype,

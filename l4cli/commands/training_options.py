@@ -47,6 +47,7 @@ class Dtype(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8 = "fp8"
 
 
 class BalanceKind(StrEnum):
@@ -95,7 +96,8 @@ ClipGrad = Annotated[
     float, typer.Option("--clip-grad", min=0.0, help="largest gradient norm; 0 does not clip")
 ]
 OptimOption = Annotated[Optim, typer.Option("--optim", help="optimizer of the hidden matrices")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="compute in; masters stay fp32")]
+DTYPE_HELP = "compute in; masters stay fp32; fp8: experts' products, the rest in bf16"
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help=DTYPE_HELP)]
 BalanceOption = Annotated[
     BalanceKind, typer.Option("--balance", help="what keeps the experts equally busy")
 ]

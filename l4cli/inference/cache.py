@@ -148,7 +148,7 @@ class Cache:
         if common == len(mine):
             return common
         chunk = next((layer.chunk_size for layer in self.layers if layer.chunk_size), 1)
-        kept = min(common, len(other) - 1) // chunk * chunk
+        kept = max(0, min(common, len(other) - 1)) // chunk * chunk
         for layer in self.layers:
             layer.rewind(kept)
         self.tokens, self.logits_V = self.tokens.first(kept), None

@@ -8,6 +8,7 @@ source: guessing the next layer's experts from this layer's input: arXiv 2312.17
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from l4cli.ops.swiglu import swiglu
 from l4cli.planning import available_memory
 
 GUESS_TOKENS = 8  # more tokens at once call nearly every expert: nothing to guess
+# Above it the C library gives every tensor pages of its own; smaller ones share theirs.
+_OWN_PAGES = 2**25
 
 Key = tuple[int, int]  # layer, expert
 
@@ -49,6 +52,9 @@ class ExpertPool:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:  # what lay in this memory before may still be read
             self.stream.wait_stream(torch.cuda.current_stream(device))
+            for slot in self.free:  # nor is it given away while a guess is still being copied in
+                for tensor in slot.tensors:
+                    tensor.record_stream(self.stream)
         self.num_copies = self.num_found = 0
 
     def start(self, key: Key, tensors: Sequence[Tensor], *, is_guess: bool = False) -> bool:
@@ -103,8 +109,7 @@ class OffloadedExperts(nn.Module):
         self.layer_idx, self.pool = layer_idx, pool
         stored = [experts.gate_up_proj.detach(), experts.down_proj.detach()]
         if pool.stream is not None:  # only from pinned memory a copy runs beside the computing
-            for tensor in stored:
-                _pin(tensor)
+            stored = [_pinned(tensor, self, pool.stream) for tensor in stored]
         self.weights = list(zip(*stored, strict=True))  # of each expert: [D, 2F], [F, D]
         self.waiting: list[int] = []
 
@@ -155,10 +160,23 @@ class OffloadedExperts(nn.Module):
             self.pool.wanted.add(key)
 
 
-def _pin(tensor: Tensor) -> None:
-    """Lock memory where it lies: `pin_memory` would copy, and round up to a power of two."""
-    register = torch.cuda.cudart().cudaHostRegister
-    torch.cuda.check_error(register(tensor.data_ptr(), tensor.nbytes, 0))
+def _pinned(tensor: Tensor, owner: Any, stream: Any) -> Tensor:
+    """The same in locked memory, until `owner` goes.
+
+    A large one is locked where it lies: `pin_memory` would copy, and round up to a power of two.
+    """
+    if tensor.nbytes <= _OWN_PAGES:
+        return tensor.pin_memory()
+    cuda = torch.cuda.cudart()
+    torch.cuda.check_error(cuda.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+    # What stays locked when its memory is given back cannot be locked again by the next owner.
+    weakref.finalize(owner, _unlock, tensor.data_ptr(), stream).atexit = False
+    return tensor
+
+
+def _unlock(address: int, stream: Any) -> None:
+    stream.synchronize()  # a guess may still be on its way
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 class Forecast:

@@ -18,6 +18,7 @@ from l4cli.model.config import RopeOptions, TextConfig
 from l4cli.model.layers import MLP, Embedding, Linear, RMSNorm
 from l4cli.ops.attention import AttentionPlans, segment_attention
 from l4cli.ops.batch import Batch
+from l4cli.ops.fp8 import fp8_routed_experts
 from l4cli.ops.moe import Routing, route, routed_experts
 from l4cli.ops.rope import (
     attention_factor,
@@ -108,6 +109,8 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     """The routed experts' weights, right-multiplied: [in, out], gate columns before up."""
 
+    in_fp8 = False  # their products; set from outside, for training
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         experts, hidden, width = (
@@ -119,7 +122,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))  # [E, F, D]
 
     def forward(self, x_MD: Tensor, gate_MA: Tensor, expert_MA: Tensor) -> Tensor:
-        return routed_experts(x_MD, gate_MA, expert_MA, self.gate_up_proj, self.down_proj)
+        run = fp8_routed_experts if self.in_fp8 else routed_experts
+        return run(x_MD, gate_MA, expert_MA, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

@@ -255,10 +255,11 @@ def reference_full_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> 
 
 
 _HOW = "blocked in bf16 on a CPU up to 4096, else torch's fused one"
+_TILES = "segments as they lie; heads of over 128 channels in buckets"
 SEGMENT_ATTENTION = Op(
     "segment_attention",
     [
-        triton_version(_load_triton, "segments as they lie, heads of up to 128 channels", FLOATS),
+        triton_version(_load_triton, _TILES, FLOATS),
         Version("bucketed", lambda: partial(_in_buckets, _fast_causal), _HOW),
         Version(REFERENCE, lambda: partial(_in_buckets, _plain_causal), "all scores at once"),
     ],

@@ -1,4 +1,4 @@
-"""Routed experts through torch's `grouped_mm`, CUTLASS kernels on CUDA from Hopper on.
+"""Routed experts through torch's `grouped_mm`, CUTLASS kernels on Hopper.
 
 in, out: as `l4cli.ops.moe.routed_experts`; nothing waits for the device
 """
@@ -29,6 +29,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:
         return f"below compute capability 9.0 it is a loop, and this GPU has {major}.{minor}"
+    if major >= 10:
+        return "there it gives experts without tokens a gradient (pytorch issue 172439)"
     return None
 
 

@@ -91,7 +91,7 @@ def _two_pass_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 RMS_NORM = Op(
     "rms_norm",
     [
-        triton_version(_load_triton, "one pass each way, up to 8192 channels", FLOATS),
+        triton_version(_load_triton, "one pass each way; over 8192 channels the formula", FLOATS),
         Version("two-pass", lambda: _two_pass, "keeps x and a number a row", _two_pass_why_not),
         Version(REFERENCE, lambda: reference_rms_norm, "the formula in fp32"),
     ],

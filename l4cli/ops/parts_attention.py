@@ -114,10 +114,11 @@ def _load_triton() -> Attend:
     return split_over_keys
 
 
+_SPLIT = "keys split, codes unpacked inside; over 512 rows or 128 channels part by part"
 ATTEND_PARTS = Op(
     "attend_parts",
     [
-        triton_version(_load_triton, "up to 512 rows: keys split, codes unpacked inside", FLOATS),
+        triton_version(_load_triton, _SPLIT, FLOATS),
         Version("part-by-part", lambda: part_by_part, "torch's kernels, a part at a time"),
         Version(REFERENCE, lambda: reference_attend_parts, "the formula, a part at a time"),
     ],

@@ -146,7 +146,7 @@ def reference_rotate_unit(x_BTNH: Tensor, turn_BTH: Tensor, eps: float) -> Tenso
 ROTATE_UNIT = Op(
     "rotate_unit",
     [
-        triton_version(_load_triton, "rotation and QK norm in one pass", FLOATS),
+        triton_version(_load_triton, "one pass; over 32768 numbers a position, in place", FLOATS),
         Version("in-place", lambda: _in_place, "rotation and QK norm in one"),
         Version(REFERENCE, lambda: reference_rotate_unit, "rotation, then the norm"),
     ],

@@ -89,9 +89,12 @@ def _workspace_bytes(config: Llama4Config, optim: str) -> int:
 def _activation_bytes(
     config: Llama4Config, dtype: str, num_tokens: int, checkpoint_layers: bool, tiles: int
 ) -> int:
-    text, item = config.text, int(ITEM_BYTES[dtype])
+    text, is_fp8 = config.text, dtype == "fp8"
+    item = int(ITEM_BYTES["bf16" if is_fp8 else dtype])  # only products of experts are in fp8
     layers = [_layer_bytes(text, i, item) for i in range(text.num_hidden_layers)]
     weights = [_cast_bytes(text, i, item) for i in range(text.num_hidden_layers)]
+    if is_fp8:
+        weights = [size + _code_bytes(text, i) for i, size in enumerate(weights)]
     if checkpoint_layers:
         # Each layer's input, and one layer at a time in full.
         kept = len(layers) * text.hidden_size * item + max(layers)
@@ -128,6 +131,12 @@ def _cast_bytes(text: TextConfig, layer_idx: int, item: int) -> int:
     )
     ffn = text.intermediate_size if text.is_moe(layer_idx) else text.intermediate_size_mlp
     return item * text.hidden_size * (2 * q_width + 2 * kv_width + 3 * ffn)
+
+
+def _code_bytes(text: TextConfig, layer_idx: int) -> int:
+    """Experts' weights in fp8, kept for the backward."""
+    size = 3 * text.num_local_experts * text.hidden_size * text.intermediate_size
+    return size if text.is_moe(layer_idx) else 0
 
 
 def _tile_bytes(vision: VisionConfig, item: int) -> int:

@@ -17,6 +17,7 @@ from l4cli.checkpoint import save_training_state as write_state
 from l4cli.data.geometry import PictureGeometry
 from l4cli.data.loader import ShardSource
 from l4cli.model import Llama4Config, build_model
+from l4cli.model.text import Experts
 from l4cli.training.balance import Balance, BalanceOptions
 from l4cli.training.optim import Optimizer, OptimizerOptions
 from l4cli.training.schedule import Schedule
@@ -62,7 +63,7 @@ class TraineeOptions:
 
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     balance: BalanceOptions = field(default_factory=BalanceOptions)
-    dtype: str = "fp32"  # of the computation: fp32 or bf16; masters are fp32
+    dtype: str = "fp32"  # of the computation: fp32, bf16 or fp8 (experts; else bf16)
     freeze: str | None = None  # text or vision
     activation_checkpointing: bool = False
 
@@ -79,7 +80,10 @@ def build_trainee(
 ) -> Trainee:
     """Make a model with its first weights, and everything around it."""
     model = build_model(config, device=device, seed=seed)
-    model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    model.compute_dtype = torch.float32 if options.dtype == "fp32" else torch.bfloat16
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.in_fp8 = options.dtype == "fp8"
     model.checkpoint_layers = options.activation_checkpointing
     if options.freeze is not None:
         freeze(model, options.freeze)

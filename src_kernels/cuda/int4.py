@@ -106,6 +106,8 @@ def routed_experts(
     Meant for up to some dozens of rows. shapes: -> [M, D]. `num_programs`: blocks that keep the
     device busy (four for each processor of an H100)
     """
+    if len(x_MD) == 0:
+        return x_MD.clone()
     top_k = expert_MA.shape[1]
     experts, gates = expert_MA.flatten().to(torch.int32), gate_MA.float().flatten()
     h_RF = _launch(x_MD.contiguous(), gates, experts, w_in, top_k, False, num_programs)

@@ -180,6 +180,22 @@ def test_pictures_and_text_together(data: Path, tmp_path: Path) -> None:
         assert main(["pretrain", *shards, *more, "-o", str(tmp_path / half)]) == 0
 
 
+def test_experts_in_fp8(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Emulated on a CPU, which it says: near bf16's losses, and not the same."""
+    wide = ["--set", "hidden_size=128", "--set", "intermediate_size=128"]
+    losses = []
+    for dtype in ("bf16", "fp8"):
+        length = ["--steps", "3", "--log-every", "1", "--dtype", dtype, *wide]
+        assert pretrain(data, tmp_path / dtype, *length) == 0
+        losses.append([m["loss"] for m in metrics_of(tmp_path / dtype) if "loss" in m])
+        said = "`--dtype fp8` is emulated here, slower than bf16: " in capsys.readouterr().err
+        assert said == (dtype == "fp8")
+    bf16, fp8 = losses
+    assert fp8[2] < fp8[0] - 0.05
+    assert fp8[0] != bf16[0]
+    assert fp8 == pytest.approx(bf16, rel=0.02)
+
+
 def test_moved_shards_and_a_name_that_is_no_utf8_continue(data: Path, tmp_path: Path) -> None:
     moved = tmp_path / os.fsdecode(b"caf\xe9")
     assert pretrain(data, tmp_path / "run", "--steps", "1", "-q") == 0

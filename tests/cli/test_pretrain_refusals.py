@@ -35,6 +35,21 @@ def test_other_options_are_refused_by_name(
     assert pretrain(data, out, "--steps", "3", "--log-every", "1", "--save-every", "1") == 0
 
 
+def test_fp8_needs_experts_of_whole_blocks(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fp8 = ["--steps", "2", "--dtype", "fp8"]
+    for more, why in (
+        ([], "the widths 32 and 32 of experts are not both multiples of 128"),
+        (["--set", "moe_layers=[]"], "experts compute in it, and the model has none"),
+    ):
+        assert pretrain(data, tmp_path / "run", *fp8, *more) == 2
+        error = only_error(capsys)
+        assert why in error
+        assert "`--dtype bf16`" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_too_large_is_refused_before_anything_is_made(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -214,6 +214,15 @@ def test_going_back_leaves_a_token_to_read():
     assert cache.logits_V is not None
 
 
+def test_going_back_to_nothing():
+    """What a draft hears of a prompt that is all pictures."""
+    for chunk in (CHUNK, None):
+        cache = Engine(text_model(attention_chunk_size=chunk)).prefill(random_ids(20))
+        assert cache.keep_common([]) == 0
+        assert cache.num_tokens == 0
+        assert {layer.num_tokens for layer in cache.layers} == {0}
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (4, 2), (3, 3)])
 @pytest.mark.parametrize("length", [1, 7, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

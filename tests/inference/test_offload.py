@@ -12,7 +12,7 @@ from tiny_llama4 import full_logits, random_ids, text_model, vision_model
 from l4cli.checkpoint import save_model
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, Request, offload_experts, open_offloaded
-from l4cli.inference.offload import ExpertPool
+from l4cli.inference.offload import ExpertPool, _pinned
 
 CPU = torch.device("cpu")
 EXPERT_BYTES = 4 * 3 * 32 * 48  # gate, up and down of a tiny model in fp32
@@ -48,6 +48,19 @@ def test_on_a_gpu_copies_arrive_before_they_are_used(num_slots, tmp_path):
         torch.testing.assert_close(full_logits(model, ids), full_logits(plain, ids))
     request = Request(random_ids(40), max_new_tokens=40)
     assert tokens_of(model, request) == tokens_of(plain, request)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_memory_is_locked_and_given_back(monkeypatch):
+    """The same address again and again: what stays locked cannot be locked twice."""
+    monkeypatch.setattr("l4cli.inference.offload._OWN_PAGES", 0)
+    room = torch.zeros(2**24)
+    for _ in range(3):
+        owner = torch.nn.Module()
+        assert _pinned(room, owner, torch.cuda.current_stream()) is room
+        assert room.is_pinned()
+        del owner
+        assert not room.is_pinned()
 
 
 def test_what_fits_is_copied_once():

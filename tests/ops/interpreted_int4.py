@@ -66,3 +66,10 @@ def test_against_dequantized_weights(case: tuple, dtype: str) -> None:
     low = (x, gate, chosen, exact_in.to(x.dtype), exact_out.to(x.dtype))
     plain = float((reference_routed_experts(*low).double() - want).norm())
     assert error <= 2 * plain + 1e-6 * float(want.norm())
+
+
+def test_no_tokens() -> None:
+    w_in, w_out = pack(*made(2, 64, 64, 32, False, 1)), pack(*made(2, 64, 32, 32, False, 2))
+    chosen = torch.zeros(0, 1, dtype=torch.long)
+    y = routed_experts(torch.zeros(0, 64), torch.zeros(0, 1), chosen, w_in, w_out)
+    assert y.shape == (0, 64)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from l4cli.ops.choice import REFERENCE, Op, Version, all_ops, triton_version, triton_why_not
+from l4cli.ops.moe import ROUTED_EXPERTS
 
 SCRIPT = """
 import sys
@@ -116,6 +117,19 @@ def test_triton_says_why_it_cannot_run() -> None:
     assert "not written for fp16" in (triton_why_not(CPU, torch.float16, dtypes) or "")
     meta = torch.device("meta")
     assert "not for meta" in (triton_why_not(meta, torch.float32, dtypes) or "")
+
+
+@pytest.mark.parametrize(
+    ("capability", "why"),
+    [((8, 9), "it is a loop"), ((9, 0), None), ((10, 0), "gives experts without tokens")],
+)
+def test_torch_s_grouped_products_are_for_hopper(
+    capability: tuple[int, int], why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    given = ROUTED_EXPERTS.named("grouped-mm").why_not(torch.device("cuda"), torch.bfloat16)
+    assert given is None if why is None else why in (given or "")
 
 
 def test_a_forced_version_that_cannot_run_is_an_error() -> None:

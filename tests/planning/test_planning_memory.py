@@ -32,6 +32,14 @@ def test_masters_gradients_and_moments_are_exact() -> None:
     assert scout["optimizer"] == 8 * total
 
 
+def test_fp8_is_bf16_and_codes_of_the_experts() -> None:
+    nano = load_preset("nano")
+    bf16, fp8 = (training_bytes(nano, "adamw", dtype, 1, 512) for dtype in ("bf16", "fp8"))
+    num_sparse = sum(nano.text.is_moe(i) for i in range(nano.text.num_hidden_layers))
+    codes = num_sparse * 4 * 3 * 128 * 256
+    assert fp8 == {**bf16, "activations": bf16["activations"] + codes}
+
+
 def test_muon_keeps_one_moment_of_hidden_matrices() -> None:
     from l4cli.training.optim import Optimizer, OptimizerOptions
 
