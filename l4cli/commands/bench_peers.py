@@ -37,6 +37,7 @@ class LlamaBench:
 
     def run(self, case: Case) -> float:
         numbers = {"-p": 0, "-n": 0, "-d": case.depth, "-t": self.num_threads, "-r": 1}
+        numbers["-ngl"] = 0  # a build for GPUs too is measured where we are
         numbers["-p" if case.what == PREFILL else "-n"] = case.num_tokens
         words = [word for flag, number in numbers.items() for word in (flag, str(number))]
         call = [str(self.program), "-m", str(self.file), *words, "-o", "json"]

@@ -112,7 +112,9 @@ inline int plan(const AttendRows &rows, int num_threads, OwnSpace &own) {
   }
   int64_t total = 0;
   for (int i = 0; i < count; i++) total += own.sequences[i].tokens;
-  int64_t length = total * rows.kv_heads / (num_threads * kStretchesOfThread);
+  // Rounded up: `place_attend` has room for so many stretches and no more.
+  const int64_t shares = (int64_t)num_threads * kStretchesOfThread;
+  int64_t length = (total * rows.kv_heads + shares - 1) / shares;
   length = length < kStretch ? kStretch : aligned(length);
   int64_t states = 0;
   for (int i = 0; i < count; i++) {
