@@ -24,6 +24,8 @@ from l4cli.inference.coded import CodedPlan, load_planned, plan_coded
 from l4cli.inference.native import NativeModel
 from l4cli.inference.native_loading import find_native, is_quantized_folder
 from l4cli.model import Llama4Config, count_parameters
+from l4cli.ops.choice import TRITON
+from l4cli.ops.int4_experts import INT4_LINEAR
 from l4cli.planning import available_memory
 from l4cli.text import Tokenizer, load_tokenizer
 from l4cli.training.device import torch_device
@@ -151,18 +153,15 @@ def coded_plan(
     if dtype != "auto":
         terminal.say(f"quantized weights are widened to {dtype}, as `--dtype` says")
         return None
-    return said_plan(folder, config)
-
-
-def said_plan(folder: Path, config: Llama4Config) -> CodedPlan | None:
-    """Plan to compute from codes, and say what becomes of which."""
     plan = plan_coded(folder, config)
     if isinstance(plan, str):
         terminal.say(f"quantized weights are widened to bf16: {plan}")
         return None
     rest = plan.num_quantized - plan.num_coded
     others = f"; {rest} maps in other formats are widened to bf16" if rest else ""
-    terminal.say(f"{plan.num_coded} int4 maps are computed from their codes{others}")
+    version, reason = INT4_LINEAR.choose(device, torch.bfloat16)
+    way = version.name if version.name == TRITON else f"{version.name}: {reason}"
+    terminal.say(f"{plan.num_coded} int4 maps are computed from their codes ({way}){others}")
     return plan
 
 

@@ -23,7 +23,7 @@ from l4cli.checkpoint import StoredWeights, load_config, load_weights, open_weig
 from l4cli.checkpoint.compressed_tensors import code_bits, weights_of
 from l4cli.checkpoint.hf_keys import Piece
 from l4cli.checkpoint.quantized import is_quantized, module_of
-from l4cli.checkpoint.reader import DTYPES, matched_pieces
+from l4cli.checkpoint.reader import matched_pieces
 from l4cli.errors import L4Error
 from l4cli.model import Llama4Config, build_model
 from l4cli.model.layers import Linear
@@ -32,6 +32,7 @@ from l4cli.ops.swiglu import swiglu
 from src_kernels.cuda.int4_layout import GROUP_SIZES, OUTPUTS
 
 FEW_ROWS = 64  # so many are multiplied with codes; for more one map at a time is widened
+_SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _WORKING = 6  # bytes beside the model for each weight of the largest map: codes apart, values
 
@@ -154,7 +155,7 @@ def load_planned(plan: CodedPlan, device: torch.device, dtype: torch.dtype | Non
         only=lambda name: not plan.is_coded(name),
     )
     for name, piece in plan.linears.items():
-        linear = model.get_submodule(name)
+        linear: Any = model.get_submodule(name)
         (packed,) = _packed(plan, f"{name}.weight", [[piece]], device)
         bias = None if linear.bias is None else linear.bias.detach()
         _replace(model, name, CodedLinear(packed, bias))
@@ -202,14 +203,23 @@ def _on_device(
     weight = read_quantized(plan.stored, module_of(piece.key))
     if weight.shape != piece.shape or weight.format.name != "int4":
         why = f"`{piece.key}` is {weight.format} {list(weight.shape)}, "
-        why += f"the model needs {list(piece.shape)}"
-        what = f"cannot load quantized checkpoint `{plan.folder}`"
-        raise L4Error(what, why=why, fix="fetch or write it again")
+        raise _damaged(plan, f"{why}the model needs {list(piece.shape)}")
+    zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
+    for codes in (weight.codes, zero):  # those stored one by one can be anything
+        if int(codes.min()) < -8 or int(codes.max()) > 7:
+            why = (
+                f"`{piece.key}` has codes or zero points that are not -8 to 7, and says it is int4"
+            )
+            raise _damaged(plan, why)
     num_groups = piece.shape[1] // plan.groups[parameter]
     repeats = num_groups // weight.scale.shape[1]
-    zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
     scale, zero = (x.to(device).repeat_interleave(repeats, 1) for x in (weight.scale, zero))
     return weight.codes.to(device), scale, zero
+
+
+def _damaged(plan: CodedPlan, why: str) -> L4Error:
+    what = f"cannot load quantized checkpoint `{plan.folder}`"
+    return L4Error(what, why=why, fix="fetch or write it again")
 
 
 def _stacked(parts: Iterator[PackedInt4], num_experts: int) -> PackedInt4:
@@ -243,7 +253,9 @@ def _length(stored: StoredWeights, piece: Piece) -> int | None:
     if not is_quantized(stored, name) or code_bits(stored.quantization, name) != 4:
         return None
     scale = stored.tensors.get(f"{name}.weight_scale")
-    if scale is None or weights_of(stored.quantization, name).get("type", "int") != "int":
+    if scale is None or scale.dtype not in _SCALES:
+        return None
+    if weights_of(stored.quantization, name).get("type", "int") != "int":
         return None
     columns = scale.shape[-1] if len(scale.shape) == 2 else 1
     return piece.shape[1] // columns if columns and piece.shape[1] % columns == 0 else None
@@ -256,7 +268,7 @@ def _has_zero(stored: StoredWeights, piece: Piece) -> bool:
 def _scale_dtype(stored: StoredWeights, pieces: list[Piece]) -> torch.dtype:
     """One for all maps of a weight, which holds each of theirs."""
     keys = {f"{module_of(piece.key)}.weight_scale" for piece in pieces}
-    found = {DTYPES[stored.tensors[key].dtype] for key in keys}
+    found = {_SCALES[stored.tensors[key].dtype] for key in keys}
     return found.pop() if len(found) == 1 else torch.float32
 
 

@@ -77,11 +77,15 @@ def reference_int4_linear(x_MI: Tensor, weight: PackedInt4) -> Tensor:
 def reference_int4_experts(
     x_MD: Tensor, gate_MA: Tensor, expert_MA: Tensor, w_in: PackedInt4, w_out: PackedInt4
 ) -> Tensor:
-    """Widen everything, then the plain loop."""
+    """Widen the experts that are called, then the plain loop."""
     from l4cli.ops.moe import reference_routed_experts
 
-    weights = (dequantized(w, x_MD.dtype) for w in (w_in, w_out))
-    return reference_routed_experts(x_MD, gate_MA, expert_MA, *weights)
+    called, place_MA = expert_MA.unique(return_inverse=True)
+    w_in_EDF, w_out_EFD = (
+        torch.stack([dequantized_map(w, e, x_MD.dtype).T for e in called.tolist()])
+        for w in (w_in, w_out)
+    )
+    return reference_routed_experts(x_MD, gate_MA, place_MA, w_in_EDF, w_out_EFD)
 
 
 def _load_triton() -> Callable[..., Tensor]:

@@ -6,13 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_engine import picture_prompt
 from tiny_llama4 import full_logits, random_ids, text_model, vision_model
 
-from l4cli.checkpoint import load_model, open_weights, plan_quantization, quantize_checkpoint
-from l4cli.checkpoint import save_model as save
-from l4cli.commands.chat_model import coded_plan, said_plan
+from l4cli.checkpoint import (
+    load_config,
+    load_model,
+    open_weights,
+    plan_quantization,
+    quantize_checkpoint,
+    save_model,
+)
+from l4cli.commands.chat_model import coded_plan
+from l4cli.commands.needle_model import TestedModel
 from l4cli.data.geometry import PictureGeometry
+from l4cli.errors import L4Error
 from l4cli.inference import Engine, Request
 from l4cli.inference.coded import (
     FEW_ROWS,
@@ -25,6 +34,7 @@ from l4cli.inference.coded import (
 from l4cli.ops.batch import Batch
 from l4cli.ops.int4_experts import PackedInt4, dequantized, dequantized_map, pack
 from l4cli.quantization import RoundingQuantizer, WeightFormat
+from l4cli.quantization.packing import unpack_codes
 
 SIZES = {"hidden_size": 128, "intermediate_size": 64, "intermediate_size_mlp": 192, "head_dim": 32}
 INT4, WIDE = WeightFormat("int4", 32), WeightFormat("int4", 64)
@@ -44,7 +54,7 @@ def quantized(model, folder: Path, parts, change=lambda choices: None) -> Path:
     geometry = None
     if model.config.vision is not None:
         geometry = PictureGeometry(image_size=16, patch_size=4, pixel_shuffle_ratio=0.5)
-    save(model, folder / "plain", {}, geometry)
+    save_model(model, folder / "plain", {}, geometry)
     plan = plan_quantization(folder / "plain", parts)
     change(plan.choices)
     quantize_checkpoint(plan, folder / "codes", RoundingQuantizer())
@@ -193,9 +203,9 @@ def test_why_not(tmp_path, capsys):
     folder = quantized(text_model(**SIZES), tmp_path, dict.fromkeys(PARTS, INT8))
     assert "none of its maps is int4" in load_coded(folder, "cpu")
     config = load_model(folder).config
-    assert said_plan(folder, config) is None
-    assert "widened to bf16: none of its maps is int4" in capsys.readouterr().err
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert coded_plan(folder, config, cuda, "auto") is None
+    assert "widened to bf16: none of its maps is int4" in capsys.readouterr().err
     assert coded_plan(folder, config, cpu, "auto") is None
     assert coded_plan(tmp_path / "plain", config, cuda, "auto") is None
     assert capsys.readouterr().err == ""
@@ -209,4 +219,37 @@ def test_what_runs_is_said(tmp_path, capsys):
     plan = coded_plan(folder, config, torch.device("cuda"), "auto")
     assert plan.num_coded == 35
     said = capsys.readouterr().err
-    assert "35 int4 maps are computed from their codes; 24 maps in other formats" in said
+    assert "35 int4 maps are computed from their codes (" in said
+    assert "; 24 maps in other formats are widened to bf16" in said
+
+
+def test_codes_out_of_range(tmp_path):
+    """Stored one by one they could be anything: packing would spill them into their neighbours."""
+    folder = quantized(text_model(**SIZES), tmp_path, {"attention": INT4})
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.self_attn.q_proj"
+    codes = unpack_codes(tensors.pop(f"{name}.weight_packed"), 4, 128)
+    for worst in (-8, 8):
+        codes[3, 5] = worst
+        save_file({**tensors, f"{name}.weight": codes}, path)
+        if worst == -8:
+            coded, exact = load_coded(folder, "cpu", torch.float32), load_model(folder)
+            weight = exact.get_parameter(f"{name}.weight")
+            packed = coded.get_submodule(name).packed
+            assert torch.equal(dequantized_map(packed, 0, torch.bfloat16), weight)
+        else:
+            with pytest.raises(L4Error, match="cannot load quantized checkpoint") as error:
+                load_coded(folder, "cpu")
+            assert name in error.value.why
+
+
+def test_the_needle_test_goes_the_same_way(tmp_path):
+    folder = quantized(text_model(**SIZES), tmp_path, RECIPES["groups of 32"])
+    config, cuda = load_config(folder), torch.device("cuda")
+    tested = TestedModel(folder, config, None, cuda, "auto")
+    assert tested.coded.num_coded == 59
+    assert tested.coded.config is config  # `--set` changed it, it may be
+    assert TestedModel(folder, config, None, cuda, "auto", layer_major=True).coded is None
+    assert TestedModel(folder, config, None, cuda, "fp32").coded is None
+    assert TestedModel(folder, config, None, torch.device("cpu"), "auto").coded is None
