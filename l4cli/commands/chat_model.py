@@ -111,7 +111,7 @@ def open_model(
         return model
     plan = coded_plan(folder, config, place, dtype) if offload is None else None
     if plan is not None:
-        _require_bytes(folder, plan.size_bytes, place)
+        _require_bytes(folder, plan.size_bytes, place, fix="use a smaller checkpoint")
         return load_planned(plan, place)
     if offload is None:
         _require_memory(folder, dtype, place)
@@ -314,15 +314,14 @@ def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
     # Codes become the values they stand for.
     per_value = {"fp32": 4, "bf16": 2}.get(dtype, 2 if stored.quantization else None)
     needed = stored.num_parameters * per_value if per_value else stored.size_bytes
-    _require_bytes(folder, needed, device)
+    _require_bytes(folder, needed, device, fix="use a smaller checkpoint, or `--dtype bf16`")
 
 
-def _require_bytes(folder: Path, needed: int, device: torch.device) -> None:
+def _require_bytes(folder: Path, needed: int, device: torch.device, fix: str) -> None:
     available = available_memory(str(device))
     if needed > available:
         text = terminal.bytes_text
         why = f"its weights take {text(needed)}, and {text(available)} of memory are free"
-        fix = "use a smaller checkpoint, or `--dtype bf16`"
         raise L4Error(f"cannot load `{folder}`", why=why, fix=fix)
 
 

@@ -18,8 +18,8 @@ from l4cli.checkpoint import (
     quantize_checkpoint,
     save_model,
 )
+from l4cli.commands import needle_model
 from l4cli.commands.chat_model import coded_plan
-from l4cli.commands.needle_model import TestedModel
 from l4cli.data.geometry import PictureGeometry
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, Request
@@ -246,10 +246,14 @@ def test_codes_out_of_range(tmp_path):
 
 def test_the_needle_test_goes_the_same_way(tmp_path):
     folder = quantized(text_model(**SIZES), tmp_path, RECIPES["groups of 32"])
-    config, cuda = load_config(folder), torch.device("cuda")
-    tested = TestedModel(folder, config, None, cuda, "auto")
-    assert tested.coded.num_coded == 59
-    assert tested.coded.config is config  # `--set` changed it, it may be
-    assert TestedModel(folder, config, None, cuda, "auto", layer_major=True).coded is None
-    assert TestedModel(folder, config, None, cuda, "fp32").coded is None
-    assert TestedModel(folder, config, None, torch.device("cpu"), "auto").coded is None
+    config = load_config(folder)
+
+    def planned(device="cuda", dtype="auto", **options):
+        place = torch.device(device)
+        return needle_model.TestedModel(folder, config, None, place, dtype, **options).coded
+
+    assert planned().num_coded == 59
+    assert planned().config is config  # `--set` may have changed it
+    assert planned(layer_major=True) is None
+    assert planned(dtype="fp32") is None
+    assert planned("cpu") is None
