@@ -20,9 +20,12 @@ from l4cli.checkpoint import load_config, load_model, open_weights, resolve_chec
 from l4cli.data.geometry import PictureGeometry, read_processor_files
 from l4cli.errors import L4Error
 from l4cli.inference import Engine, SamplingOptions, open_offloaded, pack_weights
+from l4cli.inference.coded import CodedPlan, load_planned, plan_coded
 from l4cli.inference.native import NativeModel, why_not
 from l4cli.inference.native_loading import find_native, is_quantized_folder, native_from_plain
 from l4cli.model import Llama4Config, count_parameters
+from l4cli.ops.choice import TRITON
+from l4cli.ops.int4_experts import INT4_LINEAR
 from l4cli.planning import available_memory
 from l4cli.text import Tokenizer, load_tokenizer
 from l4cli.training.device import torch_device
@@ -106,6 +109,10 @@ def open_model(
     model: Any = native_model(folder, config, place, dtype)
     if model is not None:
         return model
+    plan = coded_plan(folder, config, place, dtype) if offload is None else None
+    if plan is not None:
+        _require_bytes(folder, plan.size_bytes, place, fix="use a smaller checkpoint")
+        return load_planned(plan, place)
     if offload is None:
         _require_memory(folder, dtype, place)
         model = load_model(folder, device=place, dtype=DTYPES[dtype])
@@ -151,6 +158,27 @@ def in_cpp(model: Any, folder: Path, device: torch.device) -> Any:
     if why_not() is None or not is_quantized_folder(folder):  # else `native_model` has said it
         terminal.say(f"plain weights run in torch: {found}")
     return model
+
+
+def coded_plan(
+    folder: Path, config: Llama4Config, device: torch.device, dtype: str
+) -> CodedPlan | None:
+    """How a GPU computes from int4 codes, where `dtype` leaves the choice; says what runs."""
+    if device.type != "cuda" or not is_quantized_folder(folder):
+        return None
+    if dtype != "auto":
+        terminal.say(f"quantized weights are widened to {dtype}, as `--dtype` says")
+        return None
+    plan = plan_coded(folder, config)
+    if isinstance(plan, str):
+        terminal.say(f"quantized weights are widened to bf16: {plan}")
+        return None
+    rest = plan.num_quantized - plan.num_coded
+    others = f"; {rest} maps in other formats are widened to bf16" if rest else ""
+    version, reason = INT4_LINEAR.choose(device, torch.bfloat16)
+    way = version.name if version.name == TRITON else f"{version.name}: {reason}"
+    terminal.say(f"{plan.num_coded} int4 maps are computed from their codes ({way}){others}")
+    return plan
 
 
 @dataclass(frozen=True)
@@ -302,11 +330,14 @@ def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
     # Codes become the values they stand for.
     per_value = {"fp32": 4, "bf16": 2}.get(dtype, 2 if stored.quantization else None)
     needed = stored.num_parameters * per_value if per_value else stored.size_bytes
+    _require_bytes(folder, needed, device, fix="use a smaller checkpoint, or `--dtype bf16`")
+
+
+def _require_bytes(folder: Path, needed: int, device: torch.device, fix: str) -> None:
     available = available_memory(str(device))
     if needed > available:
         text = terminal.bytes_text
         why = f"its weights take {text(needed)}, and {text(available)} of memory are free"
-        fix = "use a smaller checkpoint, or `--dtype bf16`"
         raise L4Error(f"cannot load `{folder}`", why=why, fix=fix)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,20 @@ from l4cli.checkpoint import (
     require_weights_fit,
     resolve_checkpoint,
 )
-from l4cli.commands.chat_model import DTYPES, has_chat_template, in_cpp, native_model
+from l4cli.commands.chat_model import (
+    DTYPES,
+    coded_plan,
+    has_chat_template,
+    in_cpp,
+    native_model,
+)
 from l4cli.commands.needle_options import Request
 from l4cli.errors import L4Error, UsageError
 from l4cli.evals.cells import length_text
 from l4cli.evals.needle.engine_subject import EngineSubject, Frame
 from l4cli.evals.needle.layer_subject import LayerSubject
 from l4cli.inference import CacheOptions, Engine
+from l4cli.inference.coded import CodedPlan, load_planned
 from l4cli.inference.layer_major import open_streamed
 from l4cli.model import Llama4Config
 from l4cli.planning import available_memory
@@ -161,7 +168,7 @@ class TestedModel:
         """What reading a text of this length takes here; rates are none of its business."""
         free = available_memory(str(self.device))
         machine = Machine(str(self.device), 1, free, 1.0, 1.0, 1.0)
-        return plan_reading(
+        plan = plan_reading(
             self.config,
             length,
             machine,
@@ -169,6 +176,14 @@ class TestedModel:
             kv_dtype=self.kv_dtype,
             is_layer_major=self.layer_major,
         )
+        return plan if self.coded is None else replace(plan, weights_bytes=self.coded.size_bytes)
+
+    @cached_property
+    def coded(self) -> CodedPlan | None:
+        """How a GPU computes from the checkpoint's codes, where it can."""
+        if self.layer_major:
+            return None
+        return coded_plan(self.folder, self.config, self.device, self.dtype)
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
         """Warn of what was never learned. raises: L4Error for lengths beyond memory"""
@@ -195,6 +210,8 @@ class TestedModel:
             model = native_model(self.folder, self.config, self.device, self.dtype)
         if model is not None:
             pass
+        elif self.coded is not None:
+            model = load_planned(self.coded, self.device)
         elif is_streamed:
             model = open_streamed(self.folder, self.device, dtype, self.config)
         else:

@@ -29,6 +29,7 @@ _PLACES = (
     ("moe", "ROUTED_EXPERTS"),
     ("fp8", "FP8_EXPERTS"),
     ("int4_experts", "INT4_EXPERTS"),
+    ("int4_experts", "INT4_LINEAR"),
     ("attention", "SEGMENT_ATTENTION"),
     ("attention", "FULL_ATTENTION"),
     ("parts_attention", "ATTEND_PARTS"),

@@ -23,6 +23,11 @@ def test_in_the_interpreter() -> None:
 
 
 @needs_triton
+def test_maps_and_a_model_in_codes() -> None:
+    run_interpreted("interpreted_coded.py")
+
+
+@needs_triton
 def test_compiled_for_hopper_and_blackwell() -> None:
     """Both products of an expert, in the smallest and the largest group."""
     sizes = {"SPREAD": 1, "BO": 64, "BR": 16}
