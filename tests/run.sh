@@ -16,7 +16,7 @@ python=${PYTHON:-python3}
 rm -rf "$venv"
 "$python" -m venv "$venv"
 echo "installing into $venv (log: $log)"
-"$venv/bin/python" -m pip install -q -e '.[dev,fast]' >"$log" 2>&1 || {
+"$venv/bin/python" -m pip install -q -e '.[dev,fast,gguf]' >"$log" 2>&1 || {
     tail -n 20 "$log" >&2
     exit 1
 }

@@ -175,6 +175,7 @@ def test_gguf_holds_our_weights(
 
 
 def test_gguf_says_the_shape_and_the_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     out = tmp_path / "model.gguf"
     assert main(["convert", str(checkpoint), "-o", str(out), "--to", "gguf", "--quiet"]) == 0
     fields = fields_of(out)
