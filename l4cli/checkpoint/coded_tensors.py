@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l4cli.checkpoint.planned_shards import Spec
+from l4cli.checkpoint.tensor_file import Spec
 from l4cli.quantization import QuantizedWeight, WeightFormat
 from l4cli.quantization.packing import pack_codes
 from l4cli.quantization.rounding import SCALE_DTYPE, scale_shape

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l4cli.checkpoint.atomic import sync_folder
+from l4cli.checkpoint.atomic import replacing
 from l4cli.checkpoint.gguf_fit import moe_step
 from l4cli.checkpoint.gguf_layout import ALIGNMENT, GgufTensor, gguf_tensors
 from l4cli.checkpoint.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
@@ -99,20 +99,14 @@ def write_gguf(
         0 if factors is None else len(factors),
         _kept(parameters, names, kind),
     )
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with replacing(path) as file:
+        # The library writes by name, and closes what it opens before the data follow.
+        temporary = Path(file.name)
         writer = gguf.GGUFWriter(temporary, "llama4")
         _say_shape(gguf, writer, text, parameters.folder, kind)
         _say_vocabulary(writer, vocabulary)
         _write_header(gguf, writer, temporary, tensors)
-        with temporary.open("r+b") as file:
-            _write_data(file, parameters, names, tensors, factors, progress)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _write_data(file, parameters, names, tensors, factors, progress)
     return _report(path, tensors)
 
 

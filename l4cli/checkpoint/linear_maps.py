@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from l4cli.checkpoint.hf_keys import Piece
-from l4cli.checkpoint.reader import require_finite
+from l4cli.checkpoint.reader import LastRead
 from l4cli.checkpoint.stored import StoredWeights
 from l4cli.quantization.parts import layer_of, part_of
 
@@ -71,28 +71,16 @@ class MapValues(Mapping[str, Tensor]):
     """
 
     def __init__(self, stored: StoredWeights, maps: list[LinearMap]) -> None:
-        self._stored = stored
         self._maps = {each.name: each for each in maps}
-        # Gate and up of an expert lie in one tensor: read once for both.
-        self._last: tuple[tuple[str, int | None], Tensor] | None = None
+        self._read = LastRead(stored)
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._maps[name]
-        tensor = self._tensor(place)
+        tensor = self._read(place.key, place.expert)
         if place.expert is None:
             return tensor
         start, end = place.columns
         return tensor[:, start:end].T
-
-    def _tensor(self, place: LinearMap) -> Tensor:
-        wanted = (place.key, place.expert)
-        if self._last is None or self._last[0] != wanted:
-            self._last = None  # before the next is read: never two at once
-            tensor = self._stored.read(place.key, place.expert)
-            file = self._stored.folder / self._stored.file_of[place.key]
-            require_finite(file, place.key, tensor)
-            self._last = (wanted, tensor)
-        return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._maps)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from l4cli.checkpoint.hf_keys import Piece
-from l4cli.checkpoint.linear_maps import require_finite
 from l4cli.checkpoint.quantized import is_quantized, module_of, read_format, read_quantized
-from l4cli.checkpoint.reader import DTYPES, load_config, matched_pieces
+from l4cli.checkpoint.reader import DTYPES, LastRead, load_config, matched_pieces
 from l4cli.checkpoint.stored import StoredWeights, open_weights, resolve_checkpoint
 from l4cli.model import Llama4Config, build_model
 from l4cli.quantization import QuantizedWeight, WeightFormat
@@ -35,8 +34,7 @@ class ParameterReader:
         self._pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
         for piece in matched_pieces(self.config, self.folder):
             self._pieces[piece.name].append(piece)
-        # Gate and up of an expert may lie in one tensor: read once for both.
-        self._last: tuple[tuple[str, int | None], Tensor] | None = None
+        self._read = LastRead(self.stored)
 
     def dtype(self, name: str) -> torch.dtype:
         """What a parameter is stored in; codes stand for bf16."""
@@ -65,7 +63,7 @@ class ParameterReader:
         is_fused = self._pieces[name][0].expert is None
         for expert in range(self.shapes[name][0]):
             if is_fused:
-                yield self._tensor(self._pieces[name][0].key, expert)
+                yield self._read(self._pieces[name][0].key, expert)
             elif name.endswith("gate_up_proj"):
                 maps = [_plain(self.linear(name, expert, columns)) for columns in both]
                 yield torch.cat([each.T for each in maps], dim=1)
@@ -82,26 +80,17 @@ class ParameterReader:
         pieces = self._pieces[name]
         if expert is not None and pieces[0].expert is None:
             start, end = columns
-            return self._tensor(pieces[0].key, expert)[:, start:end].T
+            return self._read(pieces[0].key, expert)[:, start:end].T
         own = [p for p in pieces if p.expert == expert and p.columns == columns]
         (piece,) = own if expert is not None else pieces
         if is_quantized(self.stored, module_of(piece.key)):
             return read_quantized(self.stored, module_of(piece.key))
-        return self._tensor(piece.key, None)
+        return self._read(piece.key)
 
     def _values(self, key: str) -> Tensor:
         if is_quantized(self.stored, module_of(key)):
             return read_quantized(self.stored, module_of(key)).dequantize()
-        return self._tensor(key, None)
-
-    def _tensor(self, key: str, index: int | None) -> Tensor:
-        wanted = (key, index)
-        if self._last is None or self._last[0] != wanted:
-            self._last = None  # before the next is read: never two at once
-            tensor = self.stored.read(key, index)
-            require_finite(self.stored.folder / self.stored.file_of[key], key, tensor)
-            self._last = (wanted, tensor)
-        return self._last[1]
+        return self._read(key)
 
 
 def _plain(weight: Tensor | QuantizedWeight) -> Tensor:

@@ -6,22 +6,16 @@ source: the safetensors format; HF's index
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-import torch
 from torch import Tensor
 
-from l4cli.checkpoint.stored import INDEX, SINGLE
-from l4cli.checkpoint.tensor_file import DTYPE_NAMES, bytes_of
-
-Spec = tuple[torch.dtype, tuple[int, ...]]
+from l4cli.checkpoint.shard_files import fill_shards, shard_names, write_index
+from l4cli.checkpoint.tensor_file import Spec, bytes_of, file_header, spec_bytes
 
 
 class PlannedShards:
@@ -29,28 +23,26 @@ class PlannedShards:
 
     def __init__(self, folder: Path, specs: Mapping[str, Spec], max_shard_bytes: int) -> None:
         self._specs = dict(specs)
-        shards = _shards(self._specs, max_shard_bytes)
         self.file_of: dict[str, str] = {}
         self._start: dict[str, int] = {}
         self._files: dict[str, IO[bytes]] = {}
         self._left = set(specs)
-        for i, names in enumerate(shards, start=1):
-            file = SINGLE
-            if len(shards) > 1:
-                file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            header, starts = _header(names, self._specs)
+        shards = fill_shards(_by_module(self._specs), max_shard_bytes)
+        for file, modules in zip(shard_names(len(shards)), shards, strict=True):
+            own = {name: self._specs[name] for names in modules for name in names}
+            head, starts = file_header(own)
             self._files[file] = (folder / file).open("wb")
-            self._files[file].write(header)
-            self._files[file].truncate(len(header) + sum(map(self._size, names)))
-            self.file_of |= dict.fromkeys(names, file)
+            self._files[file].write(head)
+            self._files[file].truncate(len(head) + sum(map(spec_bytes, own.values())))
+            self.file_of |= dict.fromkeys(own, file)
             self._start |= starts
         if len(shards) > 1:
-            self._write_index(folder)
+            write_index(folder, self.file_of, {"total_size": self.size_bytes})
 
     @property
     def size_bytes(self) -> int:
         """Of the tensors."""
-        return sum(map(self._size, self._specs))
+        return sum(map(spec_bytes, self._specs.values()))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor into its place."""
@@ -82,52 +74,10 @@ class PlannedShards:
         for file in self._files.values():
             file.close()
 
-    def _size(self, name: str) -> int:
-        return spec_bytes(self._specs[name])
 
-    def _write_index(self, folder: Path) -> None:
-        metadata = {"total_size": self.size_bytes}
-        index = {"metadata": metadata, "weight_map": dict(sorted(self.file_of.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def spec_bytes(spec: Spec) -> int:
-    """What a tensor takes in its file."""
-    return math.prod(spec[1]) * spec[0].itemsize
-
-
-def _shards(specs: Mapping[str, Spec], max_shard_bytes: int) -> list[list[str]]:
-    """Fill shards in order; what belongs to one module stays together."""
+def _by_module(specs: Mapping[str, Spec]) -> list[tuple[list[str], int]]:
+    """Names and sizes of what belongs to one module, and so into one file."""
     modules: dict[str, list[str]] = {}
     for name in specs:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for names in modules.values():
-        size = sum(spec_bytes(specs[name]) for name in names)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1] += names
-        filled += size
-    return shards
-
-
-def _header(names: list[str], specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
-    """A file's head, and where each tensor begins in the file."""
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position, starts = 0, {}
-    # Wide dtypes first, so that every tensor's place is a multiple of its item size.
-    for name in sorted(names, key=lambda name: -specs[name][0].itemsize):
-        dtype, shape = specs[name]
-        starts[name], end = position, position + spec_bytes(specs[name])
-        fields[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    return head, {name: len(head) + start for name, start in starts.items()}
+    return [(names, sum(spec_bytes(specs[n]) for n in names)) for names in modules.values()]

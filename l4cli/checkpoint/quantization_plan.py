@@ -16,9 +16,9 @@ from l4cli.checkpoint.coded_tensors import coded_specs
 from l4cli.checkpoint.compressed_tensors import config_text
 from l4cli.checkpoint.hf_keys import Piece
 from l4cli.checkpoint.linear_maps import LinearMap, linear_maps
-from l4cli.checkpoint.planned_shards import Spec, spec_bytes
 from l4cli.checkpoint.reader import DTYPES, load_config, matched_pieces
 from l4cli.checkpoint.stored import StoredWeights, open_weights, resolve_checkpoint
+from l4cli.checkpoint.tensor_file import Spec, spec_bytes
 from l4cli.errors import L4Error
 from l4cli.model import Llama4Config
 from l4cli.quantization import WeightFormat, divides

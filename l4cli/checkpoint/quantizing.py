@@ -24,17 +24,18 @@ from l4cli.checkpoint.coded_tensors import coded_tensors
 from l4cli.checkpoint.compressed_tensors import write_config
 from l4cli.checkpoint.linear_maps import LinearMap, MapValues
 from l4cli.checkpoint.manifest import recorded_hashes, write_manifest
-from l4cli.checkpoint.planned_shards import PlannedShards, spec_bytes
+from l4cli.checkpoint.planned_shards import PlannedShards
 from l4cli.checkpoint.quantization_plan import QuantizationPlan
-from l4cli.checkpoint.reader import DTYPES, require_finite
+from l4cli.checkpoint.reader import DTYPES, read_finite
 from l4cli.checkpoint.rewrite import SMALL_FILES
+from l4cli.checkpoint.shard_files import MAX_SHARD_BYTES
 from l4cli.checkpoint.stored import CONFIG, json_object
+from l4cli.checkpoint.tensor_file import spec_bytes
 from l4cli.checkpoint.writer import new_folder
 from l4cli.errors import L4Error
 from l4cli.quantization import QuantizedWeight, Quantizer
 
 REPORT = "quantize.json"
-MAX_SHARD_BYTES = 5 << 30
 _ERROR_VALUES = 1 << 22  # compared at once
 
 
@@ -139,9 +140,7 @@ def quantize_checkpoint(
     with new_folder(out) as folder:
         with PlannedShards(folder, specs, max_shard_bytes) as shards:
             for piece in plan.others:
-                tensor = plan.stored.read(piece.key)
-                file = plan.stored.folder / plan.stored.file_of[piece.key]
-                require_finite(file, piece.key, tensor)
+                tensor = read_finite(plan.stored, piece.key)
                 shards.write(piece.name, tensor.to(specs[piece.name][0]))
             for layer_idx, maps in plan.layers():
                 report = LayerReport(layer_idx)

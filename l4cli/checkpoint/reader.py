@@ -227,6 +227,27 @@ def _place(parameter: Tensor, piece: Piece, tensor: Tensor) -> None:
         parameter[piece.expert, :, start:end].copy_(tensor.T)
 
 
+def read_finite(stored: StoredWeights, key: str, index: int | None = None) -> Tensor:
+    """`stored.read`, checked. raises: L4Error for values that are NaN or infinite"""
+    tensor = stored.read(key, index)
+    require_finite(stored.folder / stored.file_of[key], key, tensor)
+    return tensor
+
+
+class LastRead:
+    """`read_finite` that keeps what it gave last: an expert's gate and up may lie in one tensor."""
+
+    def __init__(self, stored: StoredWeights) -> None:
+        self._stored = stored
+        self._last: tuple[tuple[str, int | None], Tensor] | None = None
+
+    def __call__(self, key: str, index: int | None = None) -> Tensor:
+        if self._last is None or self._last[0] != (key, index):
+            self._last = None  # before the next is read: never two at once
+            self._last = ((key, index), read_finite(self._stored, key, index))
+        return self._last[1]
+
+
 def require_finite(file: Path, key: str, tensor: Tensor) -> None:
     """Refuse values that are NaN or infinite."""
     if tensor.numel() == 0:

@@ -20,10 +20,10 @@ from torch import Tensor
 from l4cli.checkpoint.atomic import write_text
 from l4cli.checkpoint.manifest import write_manifest
 from l4cli.checkpoint.parameters import ParameterReader
-from l4cli.checkpoint.stored import CONFIG, INDEX, SINGLE, json_object
-from l4cli.checkpoint.tensor_file import Streamed, write_streamed
+from l4cli.checkpoint.shard_files import MAX_SHARD_BYTES, write_shards
+from l4cli.checkpoint.stored import CONFIG, json_object
+from l4cli.checkpoint.tensor_file import Streamed
 
-MAX_SHARD_BYTES = 5 << 30
 # What belongs to a model and is neither weights nor training state.
 SMALL_FILES = (
     "generation_config.json",
@@ -57,7 +57,7 @@ def rewrite(
         Streamed(name, kinds[name], shape, partial(counted.parts, parameters, name, kinds[name]))
         for name, shape in parameters.shapes.items()
     ]
-    hashes = _write_shards(folder, tensors, max_shard_bytes)
+    hashes = write_shards(folder, tensors, max_shard_bytes)
     for name in SMALL_FILES:
         if (parameters.folder / name).is_file():
             shutil.copyfile(parameters.folder / name, folder / name)
@@ -78,38 +78,6 @@ class _Counted:
             yield part
             self.written += part.numel() * dtype.itemsize
             self.progress(self.written)
-
-
-def _write_shards(folder: Path, tensors: list[Streamed], max_bytes: int) -> dict[str, str]:
-    """Write one file, or shards and their index; return file name -> SHA-256."""
-    shards = list(_shards(tensors, max_bytes))
-    if len(shards) == 1:
-        return {SINGLE: write_streamed(folder / SINGLE, shards[0])}
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    hashes = {
-        name: write_streamed(folder / name, shard)
-        for name, shard in zip(names, shards, strict=True)
-    }
-    weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-    index = {
-        "metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    return hashes
-
-
-def _shards(tensors: Iterable[Streamed], max_bytes: int) -> Iterator[list[Streamed]]:
-    """Fill shards in order; a tensor larger than a shard has one to itself."""
-    shard: list[Streamed] = []
-    filled = 0
-    for tensor in tensors:
-        if shard and filled + tensor.size_bytes > max_bytes:
-            yield shard
-            shard, filled = [], 0
-        shard.append(tensor)
-        filled += tensor.size_bytes
-    yield shard
 
 
 def _main_dtype(tensors: Iterable[Streamed]) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +36,12 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _WRITE_BYTES = 32 << 20
 
-NamedTensor = tuple[str, Tensor]
+Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
 def stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype a tensor is written in: `dtype` applies to floating point only."""
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-
-
-def stored_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """How much of a file's data a tensor takes."""
-    return tensor.numel() * stored_dtype(tensor, dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -60,41 +55,46 @@ class Streamed:
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return spec_bytes((self.dtype, self.shape))
 
 
-def write_tensors(
-    path: Path, tensors: Sequence[NamedTensor], dtype: torch.dtype | None = None
-) -> str:
-    """Write a file whole or not at all, converting each tensor as it goes; return its SHA-256."""
-    return write_streamed(path, [_at_hand(name, tensor, dtype) for name, tensor in tensors])
-
-
-def _at_hand(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Streamed:
+def at_hand(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Streamed:
+    """A tensor that is in memory, converted as it is written."""
     return Streamed(name, stored_dtype(tensor, dtype), tuple(tensor.shape), lambda: (tensor,))
 
 
-def write_streamed(path: Path, tensors: Sequence[Streamed]) -> str:
-    """The same for tensors that are fetched one part at a time."""
-    # Wide dtypes first, so that every tensor's place is a multiple of its item size.
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+def file_header(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
+    """A file's head, and where each tensor begins in the file, in the order of the data."""
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in ordered:
-        end = position + tensor.size_bytes
-        fields[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+    position, starts = 0, {}
+    # Wide dtypes first, so that every tensor's place is a multiple of its item size.
+    for name, (dtype, shape) in sorted(specs.items(), key=lambda item: -item[1][0].itemsize):
+        starts[name], end = position, position + spec_bytes((dtype, shape))
+        fields[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
             "data_offsets": [position, end],
         }
         position = end
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    header = struct.pack("<Q", len(header)) + header
-    digest = hashlib.sha256(header)
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + start for name, start in starts.items()}
+
+
+def spec_bytes(spec: Spec) -> int:
+    """What a tensor takes in its file."""
+    return math.prod(spec[1]) * spec[0].itemsize
+
+
+def write_streamed(path: Path, tensors: Sequence[Streamed]) -> str:
+    """Write a file whole or not at all, one part of a tensor at a time; return its SHA-256."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    head, starts = file_header({name: (t.dtype, t.shape) for name, t in by_name.items()})
+    digest = hashlib.sha256(head)
     with replacing(path) as file:
-        file.write(header)
-        for tensor in ordered:
+        file.write(head)
+        for tensor in (by_name[name] for name in starts):
             for part in tensor.parts():
                 data = bytes_of(part, tensor.dtype)
                 for start in range(0, len(data), _WRITE_BYTES):

@@ -22,8 +22,9 @@ from torch import nn
 
 from l4cli.checkpoint.atomic import sync_folder, sync_tree, write_text
 from l4cli.checkpoint.manifest import write_manifest
-from l4cli.checkpoint.stored import CONFIG, INDEX, SINGLE
-from l4cli.checkpoint.tensor_file import NamedTensor, stored_bytes, stored_dtype, write_tensors
+from l4cli.checkpoint.shard_files import MAX_SHARD_BYTES, write_shards
+from l4cli.checkpoint.stored import CONFIG
+from l4cli.checkpoint.tensor_file import at_hand, stored_dtype
 from l4cli.data.geometry import PictureGeometry
 from l4cli.errors import L4Error
 
@@ -36,7 +37,7 @@ def save_model(
     tokenizer_files: Mapping[str, str],
     geometry: PictureGeometry | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 << 30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a folder that appears whole, with its manifest.
 
@@ -100,7 +101,10 @@ def _write_files(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
 ) -> None:
-    hashes = _write_weights(model, folder, dtype, max_shard_bytes)
+    weights = model.state_dict()
+    tensors = [at_hand(name, tensor, dtype) for name, tensor in weights.items()]
+    count = sum(tensor.numel() for tensor in weights.values())
+    hashes = write_shards(folder, tensors, max_shard_bytes, total_parameters=count)
     config = model.config.to_dict()  # type: ignore[union-attr,operator]
     for name, text in tokenizer_files.items():
         write_text(folder / name, text)
@@ -120,45 +124,6 @@ def _geometry(config: dict[str, Any], given: PictureGeometry | None) -> PictureG
     vision = config["vision_config"]
     sizes = {k: vision[k] for k in ("image_size", "patch_size", "pixel_shuffle_ratio")}
     return dataclasses.replace(given or PictureGeometry(), **sizes)
-
-
-def _write_weights(
-    model: nn.Module, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int
-) -> dict[str, str]:
-    """Write one file, or shards and their index; return file name -> SHA-256."""
-    shards = _shards(list(model.state_dict().items()), dtype, max_shard_bytes)
-    if len(shards) == 1:
-        return {SINGLE: write_tensors(folder / SINGLE, shards[0], dtype)}
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    hashes = {
-        name: write_tensors(folder / name, shard, dtype)
-        for name, shard in zip(names, shards, strict=True)
-    }
-    tensors = [tensor for shard in shards for _, tensor in shard]
-    metadata = {
-        "total_parameters": sum(tensor.numel() for tensor in tensors),
-        "total_size": sum(stored_bytes(tensor, dtype) for tensor in tensors),
-    }
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key, _ in shard}
-    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / INDEX, _json(index))
-    return hashes
-
-
-def _shards(
-    tensors: list[NamedTensor], dtype: torch.dtype | None, max_shard_bytes: int
-) -> list[list[NamedTensor]]:
-    """Fill shards in the model's order; a tensor larger than a shard has one to itself."""
-    shards: list[list[NamedTensor]] = [[]]
-    filled = 0
-    for name, tensor in tensors:
-        size = stored_bytes(tensor, dtype)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((name, tensor))
-        filled += size
-    return shards
 
 
 def _main_dtype(model: nn.Module, dtype: torch.dtype | None) -> str:

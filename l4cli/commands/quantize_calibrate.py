@@ -86,19 +86,23 @@ def said(words: TextWords) -> dict[str, Any]:
 
 def read_calibration(plan: QuantizationPlan, words: TextWords) -> TextRows | None:
     """The text to calibrate on, if any is named."""
-    if words.calibration is None:
-        return None
-    rows = _rows(plan, words.calibration, words.num_calibration_tokens, "cannot calibrate on")
-    _require_memory(plan, rows, words, "--calibration-tokens")
-    return rows
+    count, option = words.num_calibration_tokens, "--calibration-tokens"
+    return _text(plan, words.calibration, count, "cannot calibrate on", option)
 
 
 def read_eval_data(plan: QuantizationPlan, words: TextWords) -> TextRows | None:
     """The text to measure on, if any is named."""
-    if words.eval_data is None:
+    count, option = words.num_eval_tokens, "--eval-tokens"
+    return _text(plan, words.eval_data, count, "cannot measure on", option)
+
+
+def _text(
+    plan: QuantizationPlan, path: Path | None, num_tokens: int | None, what: str, option: str
+) -> TextRows | None:
+    if path is None:
         return None
-    rows = _rows(plan, words.eval_data, words.num_eval_tokens, "cannot measure on")
-    _require_memory(plan, rows, words, "--eval-tokens")
+    rows = _rows(plan, path, num_tokens, what)
+    _require_memory(plan, rows, option)
     return rows
 
 
@@ -119,7 +123,7 @@ def _rows(plan: QuantizationPlan, path: Path, num_tokens: int | None, what: str)
     return rows
 
 
-def _require_memory(plan: QuantizationPlan, rows: TextRows, words: TextWords, option: str) -> None:
+def _require_memory(plan: QuantizationPlan, rows: TextRows, option: str) -> None:
     """The states of all the text are held in fp32; of two models when they are compared."""
     from l4cli.planning import available_memory
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from l4cli.checkpoint import StoredWeights, open_weights
 from l4cli.checkpoint.hf_keys import TEXT_PREFIX
 from l4cli.checkpoint.quantized import is_quantized, read_quantized
+from l4cli.checkpoint.reader import LastRead, read_finite
 from l4cli.errors import L4Error
 from l4cli.quantization import QuantizedWeight
 
@@ -25,6 +24,7 @@ class CheckpointSource:
         self.stored: StoredWeights = open_weights(folder)
         is_nested = any(key.startswith(TEXT_PREFIX) for key in self.stored.tensors)
         self.prefix = TEXT_PREFIX if is_nested else ""
+        self._of_expert = LastRead(self.stored)
 
     def read(self, name: str) -> Tensor | QuantizedWeight:
         """A weight, a norm or a table. raises: L4Error for what is damaged or not finite"""
@@ -44,30 +44,11 @@ class CheckpointSource:
         """One expert's map. shapes: stored [E, in, out], gate columns before up -> [O, I]"""
         columns = self.stored.tensors[key].shape[2]
         part = {"gate_proj": slice(0, columns // 2), "up_proj": slice(columns // 2, columns)}
-        with self._open(key) as file:
-            weight_IO = file.get_slice(key)[expert, :, part.get(proj, slice(0, columns))]
-        return self._finite(key, weight_IO.T)
+        return self._of_expert(key, expert)[:, part.get(proj, slice(0, columns))].T
 
     def plain(self, key: str) -> Tensor:
         """A tensor by its stored name."""
-        with self._open(key) as file:
-            return self._finite(key, file.get_tensor(key))
-
-    def _open(self, key: str) -> safe_open:
-        """Opened for each tensor: a file that stays mapped would seem to fill the memory."""
         if key not in self.stored.file_of:
             what = f"cannot use `{self.stored.folder}`"
             raise L4Error(what, why=f"it has no `{key}`", fix="fetch the checkpoint again")
-        path = self.stored.folder / self.stored.file_of[key]
-        try:
-            return safe_open(path, framework="pt", device="cpu")
-        except (OSError, SafetensorError) as error:
-            fix = "fetch or write the file again"
-            raise L4Error(f"cannot read `{path}`", why=str(error), fix=fix) from error
-
-    def _finite(self, key: str, values: Tensor) -> Tensor:
-        if bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
-            return values
-        path = self.stored.folder / self.stored.file_of[key]
-        fix = "use an earlier checkpoint, or fetch the file again"
-        raise L4Error(f"cannot use `{path}`", why=f"`{key}` has values that are NaN", fix=fix)
+        return read_finite(self.stored, key)

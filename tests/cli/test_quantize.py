@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from quantize_runs import events, formats_of, refused
 from safetensors.torch import load_file, save_file
 from tiny_chat import save_checkpoint, tiny_config
 
@@ -25,27 +25,6 @@ from l4cli.text import load_tokenizer
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five layers with vision, tokenizer and template; 32 and 64 wide."""
     return save_checkpoint(tmp_path_factory.mktemp("source") / "model", intermediate_size=64)
-
-
-def events(capsys: pytest.CaptureFixture[str], *args: str | Path) -> list[dict[str, Any]]:
-    capsys.readouterr()
-    assert main(["quantize", *map(str, args), "--json"]) == 0
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: str | Path, code: int = 1) -> str:
-    capsys.readouterr()
-    assert main(["quantize", *map(str, args)]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    last = err.splitlines()[-3:]
-    assert [line.partition(":")[0] for line in last] == ["error", "why", "fix"]
-    return err
-
-
-def formats_of(folder: Path) -> dict[str, str]:
-    stored = open_weights(folder)
-    return {name: str(read_quantized(stored, name).format) for name in quantized_names(stored)}
 
 
 def test_folder_and_events(

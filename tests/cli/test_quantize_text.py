@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from quantize_runs import events, formats_of, refused
 from tiny_chat import save_checkpoint
 
 from l4cli.checkpoint import (
     open_weights,
     plan_quantization,
-    quantized_names,
     read_quantized,
     verify_manifest,
 )
@@ -41,27 +40,6 @@ def tokenized(folder: Path, tokenizer: str) -> Path:
     path.write_text(TEXT)
     assert main(["tokenize", str(path), "--tokenizer", tokenizer, "-o", str(out), "--quiet"]) == 0
     return out
-
-
-def events(capsys: pytest.CaptureFixture[str], *args: str | Path) -> list[dict[str, Any]]:
-    capsys.readouterr()
-    assert main(["quantize", *map(str, args), "--json"]) == 0
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: str | Path, code: int = 1) -> str:
-    capsys.readouterr()
-    assert main(["quantize", *map(str, args)]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    last = err.splitlines()[-3:]
-    assert [line.partition(":")[0] for line in last] == ["error", "why", "fix"]
-    return err
-
-
-def formats_of(folder: Path) -> dict[str, str]:
-    stored = open_weights(folder)
-    return {name: str(read_quantized(stored, name).format) for name in quantized_names(stored)}
 
 
 def test_calibrated(
