@@ -23,21 +23,21 @@ from typing import Annotated
 import typer
 
 from l4cli import terminal
-from l4cli.commands.options import LENGTHS, Device, DeviceOption, Json, Quiet, parse_number
+from l4cli.commands.options import (
+    LENGTHS,
+    Device,
+    DeviceOption,
+    Json,
+    Quiet,
+    WeightsDtype,
+    parse_number,
+)
 from l4cli.errors import UsageError, suggest
 
 KINDS = ("decode", "prefill", "train")
 PEERS = ("llama.cpp", "transformers")
 ROOFLINE_PRESETS = ("scout", "maverick")
 _OF_ROOFLINE = {"target", "roofline", "gpus", "depth", "batch", "json", "quiet"}
-
-
-class BenchDtype(StrEnum):
-    """Precision of the weights; `auto` is as stored."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 class RandomFormat(StrEnum):
@@ -68,7 +68,9 @@ def bench(
     format: Annotated[
         RandomFormat, typer.Option(help="of a preset's random weights")
     ] = RandomFormat.plain,
-    dtype: Annotated[BenchDtype, typer.Option(help="precision; auto: as stored")] = BenchDtype.auto,
+    dtype: Annotated[
+        WeightsDtype, typer.Option(help="precision; auto: as stored")
+    ] = WeightsDtype.auto,
     peers: Annotated[
         str, typer.Option(help="`auto`, `none`, or of `llama.cpp,transformers`")
     ] = "auto",

@@ -36,6 +36,7 @@ from l4cli.commands.options import (
     MaxFrames,
     Quiet,
     Seed,
+    WeightsDtype,
 )
 from l4cli.errors import UsageError
 
@@ -45,14 +46,6 @@ if TYPE_CHECKING:
 
 DEFAULT_QUESTION = "Describe the picture."
 DEFAULT_VIDEO_QUESTION = "Describe the video."
-
-
-class ChatDtype(StrEnum):
-    """Precision of the weights; `auto` is as stored."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 class Offloaded(StrEnum):
@@ -119,7 +112,9 @@ def chat(
     offload: Annotated[Offloaded | None, typer.Option(help=OFFLOAD_HELP)] = None,
     offload_memory: Annotated[float | None, typer.Option(min=0, help=OFFLOAD_MEMORY_HELP)] = None,
     seed: Seed = 0,
-    dtype: Annotated[ChatDtype, typer.Option(help="precision; auto: as stored")] = ChatDtype.auto,
+    dtype: Annotated[
+        WeightsDtype, typer.Option(help="precision; auto: as stored")
+    ] = WeightsDtype.auto,
     device: DeviceOption = Device.auto,
     json: Json = False,
     quiet: Quiet = False,

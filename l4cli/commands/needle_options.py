@@ -13,18 +13,10 @@ from typing import Any
 
 from l4cli.commands.longcontext_options import haystack_digest
 from l4cli.commands.needle_lists import parse_depths, parse_lengths
-from l4cli.commands.options import DEFAULT_FPS, Device
+from l4cli.commands.options import DEFAULT_FPS, Device, WeightsDtype
 from l4cli.errors import UsageError
 
 NLL = "nll"  # not a question about a text, but how likely the text is
-
-
-class WeightsDtype(StrEnum):
-    """Precision of the weights; `auto` is as stored."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 class KvDtype(StrEnum):

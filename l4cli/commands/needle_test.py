@@ -32,7 +32,7 @@ from l4cli.commands.longcontext_options import (
     ValuesOption,
 )
 from l4cli.commands.needle_frames import DEFAULT_LENGTHS, DEFAULT_TASKS
-from l4cli.commands.needle_options import Api, KvDtype, Request, WeightsDtype
+from l4cli.commands.needle_options import Api, KvDtype, Request
 from l4cli.commands.options import (
     DEFAULT_FPS,
     Device,
@@ -41,6 +41,7 @@ from l4cli.commands.options import (
     Json,
     Quiet,
     Seed,
+    WeightsDtype,
 )
 
 FRAMES_HELP = "read films of so many frames (`--tasks video`) or so many pictures (`pictures`)"

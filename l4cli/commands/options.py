@@ -28,6 +28,14 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class WeightsDtype(StrEnum):
+    """Precision of the weights; `auto` is as stored."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="only errors and warnings on stderr")]
 Seed = Annotated[

@@ -28,6 +28,7 @@ from l4cli.errors import L4Error
 from l4cli.model import Llama4Config, build_model
 from l4cli.model.layers import Linear
 from l4cli.ops.int4_experts import PackedInt4, dequantized_map, int4_experts, int4_linear, pack
+from l4cli.ops.moe import in_turn
 from l4cli.ops.swiglu import swiglu
 from src_kernels.cuda.int4_layout import GROUP_SIZES, OUTPUTS
 
@@ -64,15 +65,10 @@ class CodedExperts(nn.Module):
     def forward(self, x_MD: Tensor, gate_MA: Tensor, expert_MA: Tensor) -> Tensor:
         if expert_MA.numel() <= FEW_ROWS:
             return int4_experts(x_MD, gate_MA, expert_MA, self.gate_up, self.down)
-        flat_R = expert_MA.flatten()
-        order_R = flat_R.argsort(stable=True)
-        counts = torch.bincount(flat_R, minlength=len(self.down.codes)).tolist()
-        token_R = order_R // expert_MA.shape[1]
-        # The score multiplies the expert's input, not its output.
-        x_RD = x_MD[token_R].mul_(gate_MA.flatten()[order_R].to(x_MD.dtype).unsqueeze(-1))
-        runs = enumerate(x_RD.split(counts))
-        y_RD = torch.cat([self._run(expert, run) for expert, run in runs if len(run)])
-        return torch.zeros_like(x_MD).index_add_(0, token_R, y_RD)
+        return in_turn(x_MD, gate_MA, expert_MA, len(self.down.codes), self._run_all)
+
+    def _run_all(self, rows: list[Tensor]) -> list[Tensor]:
+        return [self._run(expert, run) for expert, run in enumerate(rows) if len(run)]
 
     def _run(self, expert: int, x_RD: Tensor) -> Tensor:
         h_RF = F.linear(x_RD, dequantized_map(self.gate_up, expert, x_RD.dtype))

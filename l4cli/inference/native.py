@@ -22,6 +22,7 @@ from l4cli.inference.native_past import Pasts, described, is_readable, pointers,
 from l4cli.inference.native_structures import Structures, described_weights
 from l4cli.inference.turns import Turns
 from l4cli.model import Llama4Config
+from l4cli.model.text import query_scales
 from l4cli.ops.batch import Batch
 from l4cli.ops.choice import Choice, is_reference_forced
 from l4cli.ops.moe import Routing
@@ -89,7 +90,7 @@ class NativeModel:
         self.compute_dtype = _dtype(weights.metadata["compute_dtype"])
         self.model_id: str = weights.metadata["model_id"]
         self.is_exact = weights.metadata["is_exact"] == "1"
-        self.is_moe = [text.is_moe(i) for i in range(text.num_hidden_layers)]
+        self.moe_layers = [i for i in range(text.num_hidden_layers) if text.is_moe(i)]
         shape = (text.vocab_size, text.hidden_size)
         kind = torch.float32 if self.is_exact else torch.int8
         self.weights = weights
@@ -177,9 +178,9 @@ class NativeModel:
         temperature, log_length = self._query_scales(positions_B1)
         pasts = pointers([self.pasts.of(cache) for cache in rows])
         out_B1D = torch.empty_like(h_B1D)
-        text, num_moe = self.config.text, sum(self.is_moe)
         logits = experts = None
         if routing is not None:
+            text, num_moe = self.config.text, len(self.moe_layers)
             logits = torch.empty(num_moe, num_rows, text.num_local_experts)
             experts = torch.empty(num_moe, num_rows, text.num_experts_per_tok, dtype=torch.int64)
         step = native.Step(
@@ -201,8 +202,7 @@ class NativeModel:
         if routing is not None:
             assert logits is not None
             assert experts is not None
-            layers = [i for i, is_moe in enumerate(self.is_moe) if is_moe]
-            for at, layer_idx in enumerate(layers):
+            for at, layer_idx in enumerate(self.moe_layers):
                 routing.record(layer_idx, logits[at].unsqueeze(1), experts[at].unsqueeze(1))
         return out_B1D
 
@@ -305,7 +305,7 @@ class NativeModel:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Room for what the router says, where somebody wants to know."""
         run.router_logits = run.experts = None
-        if routing is None or not self.is_moe[layer_idx]:
+        if routing is None or layer_idx not in self.moe_layers:
             return None, None
         text = self.config.text
         logits = torch.empty(num_rows, length, text.num_local_experts)
@@ -314,11 +314,11 @@ class NativeModel:
         return logits, experts
 
     def _query_scales(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What NoPE layers' queries are multiplied with: a temperature, ln of how many keys."""
-        config, p = self.config.text, positions.float() + 1
-        if not config.attn_temperature_tuning:
-            return torch.ones_like(p), p.log()
-        return 1 + config.attn_scale * (p / config.floor_scale).floor().log1p(), p
+        """`query_scales`, ones where the model has none: C reads numbers."""
+        plain = torch.ones(positions.shape)
+        found = query_scales(self.config.text, positions)
+        temperature, log_length = (plain if scale is None else scale for scale in found)
+        return temperature, log_length
 
     def _scratch(self, what: str, num_tokens: int, threads: int) -> Tensor:
         """Room for what lies between the phases; kept for the next call of this size."""

@@ -21,6 +21,7 @@ from l4cli.checkpoint import load_config, load_weights
 from l4cli.errors import L4Error
 from l4cli.model import Llama4ForCausalLM, Llama4ForConditionalGeneration, build_model
 from l4cli.model.text import Experts, MoE
+from l4cli.ops.moe import in_turn
 from l4cli.ops.swiglu import swiglu
 from l4cli.planning import available_memory
 
@@ -132,24 +133,24 @@ class OffloadedExperts(nn.Module):
             self.pool.start((self.layer_idx, expert), self.weights[expert], is_guess=True)
 
     def forward(self, x_MD: Tensor, gate_MA: Tensor, expert_MA: Tensor) -> Tensor:
-        flat_R = expert_MA.flatten()
-        order_R = flat_R.argsort(stable=True)
-        counts = torch.bincount(flat_R, minlength=len(self.weights)).tolist()
-        token_R = order_R // expert_MA.shape[1]
-        x_RD = x_MD[token_R].mul_(gate_MA.flatten()[order_R].to(x_MD.dtype).unsqueeze(-1))
-        rows = list(x_RD.split(counts))
-        if sorted(self.waiting) != [expert for expert, count in enumerate(counts) if count]:
-            self.announce(expert for expert, count in enumerate(counts) if count)
+        return in_turn(x_MD, gate_MA, expert_MA, len(self.weights), self._run_all)
+
+    def _run_all(self, rows: list[Tensor]) -> list[Tensor]:
+        """Each expert's rows in its place, in the order in which the experts arrive."""
+        called = [expert for expert, run in enumerate(rows) if len(run)]
+        if sorted(self.waiting) != called:
+            self.announce(called)
         while self.waiting:
             expert = self.waiting.pop(0)
             key = (self.layer_idx, expert)
             is_there = self.pool.start(key, self.weights[expert])
             assert is_there, "every slot is waited for"
             with self.pool.using(key) as (w_in_DF, w_out_FD):
-                gate_RF, up_RF = (rows[expert] @ w_in_DF.to(x_MD.dtype)).chunk(2, dim=-1)
-                rows[expert] = swiglu(gate_RF, up_RF) @ w_out_FD.to(x_MD.dtype)
+                dtype = rows[expert].dtype
+                gate_RF, up_RF = (rows[expert] @ w_in_DF.to(dtype)).chunk(2, dim=-1)
+                rows[expert] = swiglu(gate_RF, up_RF) @ w_out_FD.to(dtype)
             self._start_more()
-        return torch.zeros_like(x_MD).index_add_(0, token_R, torch.cat(rows))
+        return rows
 
     def _start_more(self) -> None:
         """As many copies ahead as there is room for."""

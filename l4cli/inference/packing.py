@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from l4cli.model import Llama4ForCausalLM, Llama4ForConditionalGeneration
 from l4cli.model.layers import Linear
 from l4cli.model.text import Experts
+from l4cli.ops.moe import in_turn
 from l4cli.ops.packed_linear import pack, packed_linear, why_not
 from l4cli.ops.swiglu import swiglu
 
@@ -42,14 +43,10 @@ class PackedExperts(nn.Module):
                 self._run(expert, x_MD * gates[a]) for a, expert in enumerate(expert_MA[0].tolist())
             ]
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        flat_R = expert_MA.flatten()
-        order_R = flat_R.argsort(stable=True)
-        counts = torch.bincount(flat_R, minlength=len(self.down)).tolist()
-        token_R = order_R // expert_MA.shape[1]
-        x_RD = x_MD[token_R].mul_(gate_MA.flatten()[order_R].to(x_MD.dtype).unsqueeze(-1))
-        runs = enumerate(x_RD.split(counts))
-        y_RD = torch.cat([self._run(expert, run) for expert, run in runs if len(run)])
-        return torch.zeros_like(x_MD).index_add_(0, token_R, y_RD)
+        return in_turn(x_MD, gate_MA, expert_MA, len(self.down), self._run_all)
+
+    def _run_all(self, rows: list[Tensor]) -> list[Tensor]:
+        return [self._run(expert, run) for expert, run in enumerate(rows) if len(run)]
 
     def _run(self, expert: int, x_RD: Tensor) -> Tensor:
         gate_RF, up_RF = packed_linear(x_RD, self.gate_up[expert]).chunk(2, dim=-1)

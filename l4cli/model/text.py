@@ -249,12 +249,8 @@ class TextModel(nn.Module):
             rotation(batch.position_ids, inverse, length)
             for inverse, length in self._frequencies(h_BTD.device)
         ]
-        log_length_BT = None
-        if config.scalable_softmax:
-            log_length_BT = (batch.position_ids + 1).float().log()
-        return LayerInput(
-            turns[0], turns[-1], log_length_BT, _temperature(config, batch), plans, cache, routing
-        )
+        temperature_BT, log_length_BT = query_scales(config, batch.position_ids)
+        return LayerInput(turns[0], turns[-1], log_length_BT, temperature_BT, plans, cache, routing)
 
     def _frequencies(self, device: torch.device) -> list[tuple[Tensor, float]]:
         """Angles and length of the turn: one for all layers, or local ones and then full ones."""
@@ -278,9 +274,17 @@ def _newest(x_BTD: Tensor, num_needed: int | None) -> Tensor:
     return x_BTD if num_needed is None else x_BTD[:, x_BTD.shape[1] - num_needed :]
 
 
-def _temperature(config: TextConfig, batch: Batch) -> Tensor | None:
-    """1 + attn_scale * ln(1 + floor((p + 1) / floor_scale)), for NoPE layers' queries only."""
-    if not config.attn_temperature_tuning:
-        return None
-    step_BT = ((batch.position_ids.float() + 1) / config.floor_scale).floor()
-    return 1 + config.attn_scale * step_BT.log1p()
+def query_scales(
+    config: TextConfig, position_ids_BT: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What NoPE layers' queries are multiplied with: a temperature, and ln of how many keys.
+
+    1 + attn_scale * ln(1 + floor((p + 1) / floor_scale)); ln(p + 1), where the model has them
+    """
+    temperature_BT = log_length_BT = None
+    if config.attn_temperature_tuning:
+        step_BT = ((position_ids_BT.float() + 1) / config.floor_scale).floor()
+        temperature_BT = 1 + config.attn_scale * step_BT.log1p()
+    if config.scalable_softmax:
+        log_length_BT = (position_ids_BT + 1).float().log()
+    return temperature_BT, log_length_BT

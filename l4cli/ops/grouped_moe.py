@@ -51,6 +51,4 @@ def routed_experts(
     h_RF = F.grouped_mm(x_RD, w_in_EDF.to(dtype), offs=groups.ends)
     a_RF = swiglu(*h_RF.chunk(2, dim=-1))
     y_RD = F.grouped_mm(a_RF, w_out_EFD.to(dtype), offs=groups.ends)
-    # Slots lie token by token, so that a token's parts are neighbours.
-    y_RD = torch.empty_like(y_RD).index_copy(0, slots_R, y_RD)
-    return y_RD if groups.top_k == 1 else y_RD.unflatten(0, (-1, groups.top_k)).sum(1)
+    return groups.summed(torch.empty_like(y_RD).index_copy(0, slots_R, y_RD))

@@ -6,7 +6,7 @@ source: HF Llama4TextMoe; bias and its rules: arXiv 2408.15664
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -138,6 +138,27 @@ def _swiglu_backward(h_RF: Tensor, da_RF: Tensor) -> tuple[Tensor, Tensor]:
     torch.mul(da_RF, silu_RF, out=dup_RF)
     dgate_RF.copy_(torch.ops.aten.silu_backward(da_RF.mul_(up_RF), gate_RF))
     return silu_RF.mul_(up_RF), dh_RF
+
+
+def in_turn(
+    x_MD: Tensor,
+    gate_MA: Tensor,
+    expert_MA: Tensor,
+    num_experts: int,
+    run: Callable[[list[Tensor]], Iterable[Tensor]],
+) -> Tensor:
+    """Sort tokens by expert, let `run` have each expert's rows, and add up. No gradients.
+
+    shapes: run: rows [R, D] of each expert, some without any -> y [R, D] in the same order -> y_MD
+    """
+    flat_R = expert_MA.flatten()
+    order_R = flat_R.argsort(stable=True)
+    counts = torch.bincount(flat_R, minlength=num_experts).tolist()
+    token_R = order_R // expert_MA.shape[1]
+    # The score multiplies the expert's input, not its output.
+    x_RD = x_MD[token_R].mul_(gate_MA.flatten()[order_R].to(x_MD.dtype).unsqueeze(-1))
+    y_RD = torch.cat(list(run(list(x_RD.split(counts)))))
+    return torch.zeros_like(x_MD).index_add_(0, token_R, y_RD)
 
 
 def routed_experts(

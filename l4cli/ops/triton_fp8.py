@@ -45,7 +45,7 @@ class _RoutedExperts(torch.autograd.Function):
         ctx.groups, ctx.block_m = groups, block_m
         ctx.gate = (gate_MA.shape, gate_MA.dtype)
         ctx.dtypes = (w_in_EDF.dtype, w_out_EFD.dtype)
-        return _summed(y_RD, groups)
+        return groups.summed(y_RD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,12 +62,7 @@ class _RoutedExperts(torch.autograd.Function):
         dw_out = moe.outer_products(a_RF, dy_MD, groups, ctx.dtypes[1], gathers_b=True, tiles=tiles)
         shape, gate_dtype = ctx.gate
         dgate_MA = dgate_R.view(shape).to(gate_dtype)
-        return _summed(dx_RD, groups), dgate_MA, None, dw_in, dw_out, None
-
-
-def _summed(y_RD: Tensor, groups: Groups) -> Tensor:
-    """Slots lie token by token, so a token's parts are neighbours. shapes: -> [M, D]"""
-    return y_RD if groups.top_k == 1 else y_RD.unflatten(0, (-1, groups.top_k)).sum(1)
+        return groups.summed(dx_RD), dgate_MA, None, dw_in, dw_out, None
 
 
 def routed_experts(

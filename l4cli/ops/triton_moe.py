@@ -35,7 +35,7 @@ class _RoutedExperts(torch.autograd.Function):
         y_RD, h_RF = kernels.forward(x_MD, gate_R, groups, *weights, keep=keep, tiles=tiles)
         ctx.save_for_backward(x_MD, gate_R, h_RF, w_in_EDF, w_out_EFD)
         ctx.groups, ctx.tiles, ctx.gate = groups, tiles, (gate_MA.shape, gate_MA.dtype)
-        return _summed(y_RD, groups)
+        return groups.summed(y_RD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -55,12 +55,7 @@ class _RoutedExperts(torch.autograd.Function):
         dx_RD = kernels.product(dh_RF, w_in, groups, transposed=True, tiles=tiles)
         shape, dtype = ctx.gate
         dgate_MA = dgate_R.view(shape).to(dtype)
-        return _summed(dx_RD, groups), dgate_MA, None, dw_in, dw_out, None, None
-
-
-def _summed(y_RD: Tensor, groups: Groups) -> Tensor:
-    """Slots lie token by token, so a token's parts are neighbours. shapes: -> [M, D]"""
-    return y_RD if groups.top_k == 1 else y_RD.unflatten(0, (-1, groups.top_k)).sum(1)
+        return groups.summed(dx_RD), dgate_MA, None, dw_in, dw_out, None, None
 
 
 def routed_experts(

@@ -37,6 +37,10 @@ class Groups:
     def num_experts(self) -> int:
         return len(self.ends)
 
+    def summed(self, y_RD: Tensor) -> Tensor:
+        """Add up what slots give each token: its own are neighbours. shapes: -> [M, D]"""
+        return y_RD if self.top_k == 1 else y_RD.unflatten(0, (-1, self.top_k)).sum(1)
+
     def tile_ends(self, block: int) -> Tensor:
         """One past each expert's last tile of `block` rows, int32 [E]."""
         counts = torch.diff(self.ends, prepend=self.ends.new_zeros(1))

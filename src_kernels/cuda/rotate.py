@@ -33,10 +33,11 @@ def _turned(x, turn, BACK: tl.constexpr):
 
 
 @triton.jit
-def rotate_forward(
-    x, turn, out, length, batch_stride, row_stride, head_stride, turn_batch, turn_row,
+def _loaded(
+    x, turn, length, batch_stride, row_stride, head_stride, turn_batch, turn_row,
     num_heads, head_dim, eps, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """All heads of one position: values, turn, 1 / rms, where results go, which are real."""
     row = tl.program_id(0).to(tl.int64)
     batch, time = row // length, row % length
     heads, dims = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_H)
@@ -44,9 +45,21 @@ def rotate_forward(
     at = batch * batch_stride + time * row_stride + heads * head_stride + dims[None, :]
     values = tl.load(x + at, mask=is_real, other=0.0).to(tl.float32)
     by = tl.load(turn + batch * turn_batch + time * turn_row + dims, dims < head_dim, other=0.0)
-    scale = tl.rsqrt(tl.sum(values * values, 1) / head_dim + eps)
-    turned = _turned(values, by, False) * scale[:, None]
+    scale = tl.rsqrt(tl.sum(values * values, 1) / head_dim + eps)[:, None]
     to = (row * num_heads + heads) * head_dim + dims[None, :]
+    return values, by, scale, to, is_real
+
+
+@triton.jit
+def rotate_forward(
+    x, turn, out, length, batch_stride, row_stride, head_stride, turn_batch, turn_row,
+    num_heads, head_dim, eps, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    values, by, scale, to, is_real = _loaded(
+        x, turn, length, batch_stride, row_stride, head_stride, turn_batch, turn_row,
+        num_heads, head_dim, eps, BLOCK_N, BLOCK_H,
+    )  # fmt: skip
+    turned = _turned(values, by, False) * scale
     tl.store(out + to, turned.to(out.dtype.element_ty), mask=is_real)
 
 
@@ -55,16 +68,11 @@ def rotate_backward(
     x, turn, grad, dx, length, batch_stride, row_stride, head_stride, turn_batch, turn_row,
     num_heads, head_dim, eps, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch, time = row // length, row % length
-    heads, dims = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_H)
-    is_real = (heads < num_heads) & (dims < head_dim)[None, :]
-    at = batch * batch_stride + time * row_stride + heads * head_stride + dims[None, :]
-    values = tl.load(x + at, mask=is_real, other=0.0).to(tl.float32)
-    by = tl.load(turn + batch * turn_batch + time * turn_row + dims, dims < head_dim, other=0.0)
-    to = (row * num_heads + heads) * head_dim + dims[None, :]
+    values, by, scale, to, is_real = _loaded(
+        x, turn, length, batch_stride, row_stride, head_stride, turn_batch, turn_row,
+        num_heads, head_dim, eps, BLOCK_N, BLOCK_H,
+    )  # fmt: skip
     up = tl.load(grad + to, mask=is_real, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, 1) / head_dim + eps)[:, None]
     # The turn is orthogonal up to its length: its transpose is the turn back.
     up = _turned(up, by, True)
     normed = values * scale

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from l4cli.model import load_preset
-from l4cli.model.text import _temperature
-from l4cli.ops.batch import Batch
+from l4cli.model.text import query_scales
 from l4cli.ops.rope import inverse_frequencies, rotate, rotation, vision_rotation
 
 
@@ -24,7 +23,7 @@ def test_scout_frequencies() -> None:
 def test_temperature_steps() -> None:
     text = load_preset("scout").text
     positions = torch.tensor([[0, 8190, 8191, 16382, 16383, 131071, 1048575]])
-    got = _temperature(text, Batch.continuing(positions, positions))
+    got, _ = query_scales(text, positions)
     wanted = [1.0, 1.0, 1.069315, 1.069315, 1.109861, 1.283321, 1.485981]
     assert got is not None
     assert got[0].tolist() == pytest.approx(wanted, abs=1e-6)
