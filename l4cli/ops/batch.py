@@ -52,6 +52,31 @@ def _chunks(starts: Tensor, lengths: Tensor, chunk_size: int) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
+class SparseTargets:
+    """What a teacher predicts at the targets of a batch: a few tokens and their probabilities.
+
+    Targets are the flat positions with a loss weight, in order. Column 0 is the label, the next
+    `num_exact - 1` are the likeliest other tokens, likeliest first; the rest are drawn from the
+    remaining ones and weighted so that the expectation is the teacher's distribution.
+    """
+
+    ids_MK: Tensor  # int64
+    weights_MK: Tensor  # float32, a row adds up to 1; 0 where a column is not used
+    entropy_M: Tensor  # float32, nats, of the whole distribution
+    num_exact: int
+    temperature: float = 1.0  # the logits were divided by
+
+    def to(self, device: torch.device | str) -> SparseTargets:
+        """Move the tensors."""
+        return replace(
+            self,
+            ids_MK=self.ids_MK.to(device),
+            weights_MK=self.weights_MK.to(device),
+            entropy_M=self.entropy_M.to(device),
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of packed rows."""
 
@@ -62,6 +87,7 @@ class Batch:
     position_ids: Tensor  # [B, T] int64, from 0 in each document
     segments: Segments | None  # None where a cache knows what was read before
     pixel_values: Tensor | None = None  # [tiles, 3, H, W] float32, all pictures in order
+    teacher: SparseTargets | None = None  # from a cache
 
     def to(self, device: torch.device | str) -> Batch:
         """Move the tensors of the forward pass; borders stay on the CPU."""
@@ -74,6 +100,7 @@ class Batch:
             document_ids=self.document_ids.to(device),
             position_ids=self.position_ids.to(device),
             pixel_values=None if pixels is None else pixels.to(device),
+            teacher=None if self.teacher is None else self.teacher.to(device),
         )
 
     @classmethod
