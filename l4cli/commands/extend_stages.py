@@ -251,8 +251,8 @@ def _train(job: Job, ready: Ready, start: Path, origin: Origin) -> Path:
     has_moments = origin.optim is not None or stage.number > 1
     if keeps and not has_moments:
         terminal.say(f"`{start}` holds no optimizer state; it begins anew")
-    return run.go_on(
-        lambda folder: shared.build_loop(ready.recipe, prepared, folder),
+    (checkpoint,) = run.go_on(
+        lambda folders: shared.build_loop(ready.recipe, prepared, *folders),
         lambda loop: continuation.begin(
             loop,
             start,
@@ -260,6 +260,7 @@ def _train(job: Job, ready: Ready, start: Path, origin: Origin) -> Path:
             trained_len=job.trained_len or origin.seq_len,
         ),
     )
+    return checkpoint
 
 
 def _run_of(job: Job, ready: Ready, start: Path) -> Run:

@@ -279,6 +279,6 @@ def run(request: Request, prepared: shared.Prepared) -> None:
         f"run folder `{request.folder}`"
     )
     try:
-        training.train(lambda folder: shared.build_loop(request.recipe, prepared, folder), start)
+        training.train(lambda folders: shared.build_loop(request.recipe, prepared, *folders), start)
     finally:
         prepared.source.close()

@@ -40,7 +40,13 @@ class BatchSource(Protocol):
 
 
 class Objective(Protocol):
-    """What is minimised: the sum over names of sum / weight."""
+    """What is minimised: the sum over names of sum / weight.
+
+    With several trainees the names of each one's losses and metrics begin with `NAME/`.
+    """
+
+    def start_step(self, step: int, num_steps: int) -> None:
+        """Told before the micro-batches of a step, counted from 0."""
 
     def weights(self, batch: Batch) -> dict[str, float]:
         """What each loss is divided by; known before the forward pass."""
@@ -100,7 +106,7 @@ class Loop:
     def resume(self, folders: Sequence[Path]) -> None:
         """Go back to a checkpoint of every trainee."""
         for trainee, folder in zip(self.trainees, folders, strict=True):
-            state = trainee.load(folder)
+            state = trainee.load(folder)  # what is shared is the same in all of them
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.resumed_num_steps = state["identity"].get("num_steps")
         self._owes_evaluation = state["owes_evaluation"]
@@ -109,8 +115,8 @@ class Loop:
         torch.set_rng_state(state["rng"])
         self._saved_step = self.step
 
-    def run(self) -> Path:
-        """Train to the last step; return the newest checkpoint of the first trainee.
+    def run(self) -> list[Path]:
+        """Train to the last step; return the newest checkpoints, one a trainee.
 
         raises: L4Error for a loss or gradient that is no number; KeyboardInterrupt and
         Terminated after a signal, once a checkpoint is saved
@@ -149,7 +155,7 @@ class Loop:
             raise self._interrupts.as_exception()
         elapsed = terminal.time_text(time.perf_counter() - self._started)
         terminal.say(f"trained to step {self.step} in {elapsed}{self._last_figures}")
-        return self.trainees[0].run.step_folder(self.step)
+        return [trainee.run.step_folder(self.step) for trainee in self.trainees]
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.options.num_steps or (every > 0 and self.step % every == 0)
@@ -164,6 +170,7 @@ class Loop:
         for trainee in self.trainees:
             if trainee.balance is not None:
                 trainee.balance.start_step(self.step, self.options.num_steps)
+        self.objective.start_step(self.step, self.options.num_steps)
         parameters = [p for t in self.trainees for p in t.optimizer.parameters.values()]
         for figures in self._passes.run(batches, self._loss_of(weights), parameters):
             for name, value, weight in figures:
@@ -241,9 +248,11 @@ class Loop:
     def _report(self, bar: terminal.Progress) -> None:
         if not self._is_due(self.options.log_every):
             return
-        figures = {**self._means.take(), **self._speed()}
+        means, speed = self._means.take(), self._speed()
+        events = []
         for i, (trainee, file) in enumerate(zip(self.trainees, self._files, strict=True)):
-            event: dict[str, Any] = {"event": "step", "step": self.step, **figures}
+            event: dict[str, Any] = {"event": "step", "step": self.step}
+            event |= {**trainee.own(means), **speed}
             event["lr"] = trainee.schedule.lr(self.step - 1)
             event["grad_norm"] = self._grad_norms[i]
             if trainee.balance is not None:
@@ -253,8 +262,9 @@ class Loop:
                 }
                 event["dead_experts"] = sum(load.num_dead for load in loads)
             file.write(event)
-            terminal.emit(event)
-        self._show(bar, event)
+            events.append(event)
+            terminal.emit(trainee.labelled(event))
+        self._show(bar, events)
 
     def _speed(self) -> dict[str, Any]:
         """Speed since the last line, without saving and evaluation; memory; tokens in all."""
@@ -267,21 +277,24 @@ class Loop:
         figures["mem_gib"] = round(peak_memory_gib(self.device), 3)
         return {**figures, "num_tokens": self.num_tokens}
 
-    def _show(self, bar: terminal.Progress, event: Mapping[str, Any]) -> None:
+    def _show(self, bar: terminal.Progress, events: Sequence[Mapping[str, Any]]) -> None:
+        """One line for people: of several trainees what differs, one after the other."""
         done, total = self.step, self.options.num_steps
         per_step_s = (time.perf_counter() - self._started) / (done - self._first_step)
+        event = events[0]
         figures = {
             "step": f"{done}/{total}",
-            "loss": f"{event['loss']:.3f}" if "loss" in event else "-",
-            "grad_norm": f"{event['grad_norm']:.2f}",
-            "lr": f"{event['lr']:.1e}",
+            "loss": "/".join(f"{e['loss']:.3f}" if "loss" in e else "-" for e in events),
+            "grad_norm": "/".join(f"{e['grad_norm']:.2f}" for e in events),
+            "lr": "/".join(dict.fromkeys(f"{e['lr']:.1e}" for e in events)),
             "tok_per_sec": f"{event['tok_per_sec']:.0f}",
         }
         if "mfu" in event:
             figures["mfu"] = f"{event['mfu']:.2f}"
         figures["mem_gib"] = f"{event['mem_gib']:.1f}"
-        if "expert_load" in event:
-            figures["load"] = f"{max(event['expert_load'].values(), default=1.0):.1f}"
+        loads = [max(e["expert_load"].values(), default=1.0) for e in events if "expert_load" in e]
+        if loads:
+            figures["load"] = f"{max(loads):.1f}"
         self._last_figures = f"  loss {figures['loss']}  tok_per_sec {figures['tok_per_sec']}"
         figures["eta"] = terminal.time_text(per_step_s * (total - done))
         bar.update(done, **figures)
@@ -298,10 +311,10 @@ class Loop:
         except EvaluationCut:
             return
         if figures:
-            event = {"event": "eval", "step": self.step, **figures}
-            for file in self._files:
+            for trainee, file in zip(self.trainees, self._files, strict=True):
+                event = {"event": "eval", "step": self.step, **trainee.own(figures)}
                 file.write(event)
-            terminal.emit(event)
+                terminal.emit(trainee.labelled(event))
             shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
             terminal.say(f"step {self.step}  {shown}")
         self._owes_evaluation = False
@@ -320,5 +333,9 @@ class Loop:
                 "identity": dict(self.identity),
             }
             for trainee in self.trainees:
-                trainee.save(self.step, shared, self.options.keep)
+                trainee.save(self.step, shared)
+            # Only now: a run cut off between two saves goes back to a step that all of them have.
+            for trainee in self.trainees:
+                if self.options.keep is not None:
+                    trainee.run.prune(self.options.keep)
         self._saved_step = self.step

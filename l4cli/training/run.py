@@ -1,11 +1,12 @@
 """A run in its folder: begin, continue, or say that it is finished. The same for every command.
 
-in: a folder, the options that make the run, how to build its loop; out: the newest checkpoint
+in: a folder, the options that make the run, how to build its loop; out: the newest checkpoints
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ import torch
 
 from l4cli import terminal
 from l4cli.checkpoint import RunFolder, read_state_json
+from l4cli.errors import UsageError
 from l4cli.training import run_record
 from l4cli.training.loop import Loop
 
 
+Build = Callable[[Sequence[RunFolder]], Loop]
+
+
 @dataclass(frozen=True)
 class Run:
-    """What is the same from the first call of a command to the one that finishes it."""
+    """What is the same from the first call of a command to the one that finishes it.
+
+    One model is trained in the folder itself, several in a folder of their own below it.
+    """
 
     command: str
     folder: Path
@@ -30,6 +38,7 @@ class Run:
     device: torch.device
     fresh: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)  # saved too, never compared
+    members: Sequence[str] = ()  # names of the folders of several models
 
     def identity(self) -> dict[str, Any]:
         """What stands in every checkpoint, to be compared when the run continues."""
@@ -40,34 +49,40 @@ class Run:
             "notes": dict(self.notes),
         }
 
-    def train(self, build: Callable[[RunFolder], Loop], start: Callable[[Loop], None]) -> Path:
-        """Train as `go_on` does, and say where the result is."""
-        checkpoint = self.go_on(build, start)
-        report_done(checkpoint)
-        return checkpoint
+    def train(self, build: Build, start: Callable[[Loop], None]) -> list[Path]:
+        """Train as `go_on` does, and say where the results are."""
+        checkpoints = self.go_on(build, start)
+        for checkpoint in checkpoints:
+            report_done(checkpoint)
+        return checkpoints
 
-    def go_on(self, build: Callable[[RunFolder], Loop], start: Callable[[Loop], None]) -> Path:
-        """Lock the folder, then go on from its newest checkpoint or call `start` on a new loop.
+    def go_on(self, build: Build, start: Callable[[Loop], None]) -> list[Path]:
+        """Lock the folders, then go on from the newest step or call `start` on a new loop.
 
         raises: UsageError when the folder holds something else or a run with other options
         """
         run_record.require_usable(self.folder, fresh=self.fresh)
-        with RunFolder(self.folder) as folder:
-            newest = folder.latest()
-            if newest is not None and self._is_finished(newest):
-                terminal.say(f"finished: `{newest}` has all {self.num_steps} steps")
+        self._require_same_members()
+        with ExitStack() as locks:
+            folders = [locks.enter_context(folder) for folder in self._folders()]
+            newest = self._newest(folders)
+            if newest and self._is_finished(newest[0]):
+                names = ", ".join(f"`{path}`" for path in newest)
+                has = "has" if len(newest) == 1 else "have"
+                terminal.say(f"finished: {names} {has} all {self.num_steps} steps")
                 return newest
             identity = self.identity()
             options = {**self.options, "num_steps": self.num_steps, **self.settings}
-            run_record.write_record(self.folder, self.command, options, identity["environment"])
-            loop = build(folder)
+            for path in dict.fromkeys([self.folder, *(folder.path for folder in folders)]):
+                run_record.write_record(path, self.command, options, identity["environment"])
+            loop = build(folders)
             loop.identity = identity
-            if newest is None:
-                start(loop)
-            else:
-                loop.resume([newest])
-                terminal.say(f"continuing from `{newest}`")
+            if newest:
+                loop.resume(newest)
+                terminal.say("continuing from " + ", ".join(f"`{path}`" for path in newest))
                 self._tell_schedule(loop)
+            else:
+                start(loop)
             return loop.run()
 
     def finished(self) -> bool | None:
@@ -75,8 +90,33 @@ class Run:
 
         raises: UsageError when the folder holds a run with other options
         """
-        newest = RunFolder(self.folder).latest()
-        return None if newest is None else self._is_finished(newest)
+        newest = self._newest(self._folders())
+        return self._is_finished(newest[0]) if newest else None
+
+    def _folders(self) -> list[RunFolder]:
+        return [RunFolder(self.folder / name) for name in self.members or ("",)]
+
+    def _require_same_members(self) -> None:
+        """Refuse a folder in which a run of other models was begun."""
+        begun = sorted(path.parent.name for path in self.folder.glob(f"*/{run_record.FILE}"))
+        has_own_steps = bool(RunFolder(self.folder).steps())
+        if self.members and has_own_steps:
+            begun = ["(one model)"]
+        elif not begun or begun == sorted(self.members):
+            return
+        raise UsageError(
+            f"`{self.folder}` holds a run of other models",
+            why="it trains " + ", ".join(f"`{name}`" for name in begun),
+            fix="choose another folder with `-o`, or give the same models to continue it",
+        )
+
+    def _newest(self, folders: Sequence[RunFolder]) -> list[Path]:
+        """The checkpoints to go on from: of several models those of the newest common step."""
+        if len(folders) == 1:
+            newest = folders[0].latest()
+            return [] if newest is None else [newest]
+        common = set.intersection(*(set(folder.steps()) for folder in folders))
+        return [folder.step_folder(max(common)) for folder in folders] if common else []
 
     def _is_finished(self, newest: Path) -> bool:
         identity = self.identity()

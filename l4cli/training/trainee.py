@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from l4cli.checkpoint import RunFolder, load_training_state, load_weights, save_model
 from l4cli.checkpoint import save_training_state as write_state
@@ -34,15 +35,33 @@ class Trainee:
     tokenizer_files: Mapping[str, str]
     geometry: PictureGeometry | None = None
     balance: Balance | None = None  # None without MoE layers
+    name: str = ""  # told apart by it where several are trained
+    # Trained with the model and no part of it: kept in `l4/` only.
+    extra: nn.Module | None = None
 
-    def save(self, step: int, shared: Mapping[str, Any], keep: int | None) -> Path:
+    def own(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Its own figures of all trainees' (`NAME/loss`), and those that are nobody's."""
+        prefix = f"{self.name}/"
+        return {
+            key.removeprefix(prefix): value
+            for key, value in figures.items()
+            if "/" not in key or key.startswith(prefix)
+        }
+
+    def labelled(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """An event for a stream that several trainees write to."""
+        return {**event, "model": self.name} if self.name else dict(event)
+
+    def save(self, step: int, shared: Mapping[str, Any]) -> Path:
         """Write the checkpoint of a step, whole or not at all. raises: L4Error when it fails"""
-        with self.run.writing(step, keep) as folder:
+        with self.run.writing(step) as folder:
             geometry = self.geometry if self.model.config.vision is not None else None
             save_model(self.model, folder, self.tokenizer_files, geometry)
             state = {"optimizer": self.optimizer.state_dict()}
             if self.balance is not None:
                 state["balance"] = self.balance.state_dict()
+            if self.extra is not None:
+                state["extra"] = self.extra.state_dict()
             write_state(folder, {**shared, **state})
         return self.run.step_folder(step)
 
@@ -54,6 +73,9 @@ class Trainee:
         balance = state.pop("balance", None)
         if self.balance is not None and balance is not None:
             self.balance.load_state_dict(balance)
+        extra = state.pop("extra", None)
+        if self.extra is not None and extra is not None:
+            self.extra.load_state_dict(extra)
         return state
 
 

@@ -16,6 +16,9 @@ from l4cli.training.trainee import Trainee
 class LanguageModel:
     """The objective of pretraining: every target token weighs what the batch says."""
 
+    def start_step(self, step: int, num_steps: int) -> None:
+        """Every step is like the others."""
+
     def weights(self, batch: Batch) -> dict[str, float]:
         """What each loss is divided by, summed over all micro-batches of a step beforehand."""
         return {
