@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from l4cli.data.shards import ShardSet
     from l4cli.model import Llama4Config
     from l4cli.planning import TrainingPlan
-    from l4cli.training.loop import Evaluation, Loop
+    from l4cli.training.loop import Evaluation, Loop, LoopOptions
     from l4cli.training.schedule import Schedule
+    from l4cli.training.trainee import Trainee
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,32 @@ def identity(
 def build_loop(recipe: Recipe, prepared: Prepared, folder: RunFolder) -> Loop:
     """Make the model with its first weights, and the loop that trains it."""
     from l4cli.planning import gemm_rate
-    from l4cli.training.balance import BalanceOptions
-    from l4cli.training.loop import Loop, LoopOptions
+    from l4cli.training.loop import Loop
     from l4cli.training.objectives.language_model import LanguageModel
+
+    trainee = new_trainee(recipe, prepared, folder)
+    return Loop(
+        [trainee],
+        prepared.source,
+        LanguageModel(),
+        loop_options(recipe, prepared.schedule.num_steps),
+        prepared.device,
+        passes_at_once=prepared.source.passes_at_once,
+        evaluations=[evaluation(trainee, prepared)] if prepared.held_out else [],
+        flops_per_token=prepared.plan.flops_per_token,
+        flops_per_tile=prepared.plan.flops_per_tile,
+        peak_flops=gemm_rate(recipe.dtype, str(prepared.device)),
+    )
+
+
+def new_trainee(
+    recipe: Recipe, prepared: Prepared, folder: RunFolder, name: str = "", extra: Any = None
+) -> Trainee:
+    """A model with its first weights, its optimizer and schedule."""
+    from l4cli.training.balance import BalanceOptions
     from l4cli.training.optim import OptimizerOptions
     from l4cli.training.trainee import TraineeOptions, build_trainee
 
-    config, device, source = prepared.config, prepared.device, prepared.source
     options = TraineeOptions(
         optimizer=OptimizerOptions(recipe.optim, weight_decay=recipe.weight_decay),
         balance=BalanceOptions(recipe.balance, recipe.balance_rate),
@@ -174,44 +194,51 @@ def build_loop(recipe: Recipe, prepared: Prepared, folder: RunFolder) -> Loop:
         freeze=recipe.freeze,
         activation_checkpointing=recipe.activation_checkpointing,
     )
-    trainee = build_trainee(
-        config, options, prepared.schedule, folder, source, device=device, seed=recipe.seed
+    return build_trainee(
+        prepared.config,
+        options,
+        prepared.schedule,
+        folder,
+        prepared.source,
+        device=prepared.device,
+        seed=recipe.seed,
+        name=name,
+        extra=extra,
     )
-    num_steps = prepared.schedule.num_steps
+
+
+def loop_options(recipe: Recipe, num_steps: int) -> LoopOptions:
+    """How often to save, to evaluate and to write a line."""
+    from l4cli.training.loop import LoopOptions
+
     every = train.default_interval(num_steps)
-    return Loop(
-        [trainee],
-        source,
-        LanguageModel(),
-        LoopOptions(
-            num_steps,
-            clip_grad=recipe.clip_grad,
-            save_every=every if recipe.save_every is None else recipe.save_every,
-            keep=recipe.keep,
-            eval_every=every if recipe.eval_every is None else recipe.eval_every,
-            log_every=recipe.log_every,
-        ),
-        device,
-        passes_at_once=source.passes_at_once,
-        evaluations=[_evaluation(trainee.model, prepared)] if prepared.held_out else [],
-        flops_per_token=prepared.plan.flops_per_token,
-        flops_per_tile=prepared.plan.flops_per_tile,
-        peak_flops=gemm_rate(recipe.dtype, str(device)),
+    return LoopOptions(
+        num_steps,
+        clip_grad=recipe.clip_grad,
+        save_every=every if recipe.save_every is None else recipe.save_every,
+        keep=recipe.keep,
+        eval_every=every if recipe.eval_every is None else recipe.eval_every,
+        log_every=recipe.log_every,
     )
 
 
-def _evaluation(model: Any, prepared: Prepared) -> Evaluation:
+def evaluation(trainee: Trainee, prepared: Prepared) -> Evaluation:
+    """Measure a model in training on the held-out shards."""
     from l4cli.data.loader import eval_batches
     from l4cli.evals.bits_per_byte import held_out
 
     shards, source = prepared.held_out, prepared.source
     chunk = prepared.config.text.attention_chunk_size
     token_bytes = source.tokenizer().num_bytes()
+    prefix = f"{trainee.name}/" if trainee.name else ""
     assert shards is not None
 
     def evaluate(between_batches: Callable[[], None]) -> dict[str, float]:
         batches = eval_batches(shards, source.micro_batch_size, chunk)
-        found = held_out(model, batches, token_bytes, between_batches)
-        return {"bits_per_byte": found.bits_per_byte, "eval_loss": found.loss}
+        found = held_out(trainee.model, batches, token_bytes, between_batches)
+        return {
+            f"{prefix}bits_per_byte": found.bits_per_byte,
+            f"{prefix}eval_loss": found.loss,
+        }
 
     return evaluate

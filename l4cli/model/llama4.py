@@ -45,10 +45,16 @@ class Llama4ForCausalLM(nn.Module):
         cache: Cache | None = None,
         routing: Routing | None = None,
         num_needed: int | None = None,
+        outputs: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD"""
+        """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD
+
+        `outputs`: a layer's number to its states, filled in for the numbers it holds
+        """
         h_BTD = self.embed(batch.input_ids, batch.pixel_values)
-        return self.model(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed)
+        return self.model(
+            h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed, outputs
+        )
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
         """What the first layer reads. shapes: [B, T] -> h_BTD"""
@@ -94,11 +100,15 @@ class Llama4ForConditionalGeneration(nn.Module):
         cache: Cache | None = None,
         routing: Routing | None = None,
         num_needed: int | None = None,
+        outputs: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD"""
+        """The normed states that `lm_head` reads: all, or the last. shapes: -> h_BTD
+
+        `outputs`: a layer's number to its states, filled in for the numbers it holds
+        """
         h_BTD = self.embed(batch.input_ids, batch.pixel_values)
         text = self.language_model.model
-        return text(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed)
+        return text(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed, outputs)
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
         """What the first layer reads, pictures fused in. shapes: [B, T] -> h_BTD"""

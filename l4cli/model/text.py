@@ -199,10 +199,12 @@ class TextModel(nn.Module):
         routing: Routing | None = None,
         checkpoint_layers: bool = False,
         num_needed: int | None = None,
+        outputs: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """Run the layers over embeddings. shapes: h [B, T, D] -> same, or its last `num_needed`
 
         The last layer is spared positions that nobody asks for; their keys and values are kept.
+        `outputs` gets what each layer it has a key for gives out, before the last norm.
         """
         shared = self._shared_input(h_BTD, batch, cache, routing)
         last = len(self.layers) - 1
@@ -216,6 +218,8 @@ class TextModel(nn.Module):
                 )
             else:
                 h_BTD = layer(h_BTD, shared)
+            if outputs is not None and i in outputs:
+                outputs[i] = h_BTD
         return self.norm(h_BTD)
 
     def run_layer(

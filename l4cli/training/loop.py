@@ -49,7 +49,7 @@ class Objective(Protocol):
         """Told before the micro-batches of a step, counted from 0."""
 
     def weights(self, batch: Batch) -> dict[str, float]:
-        """What each loss is divided by; known before the forward pass."""
+        """What each loss is divided by, whoever's it is; known before the forward pass."""
 
     def __call__(self, trainees: Sequence[Trainee], batch: Batch) -> dict[str, LossSum]:
         """Run the models over one micro-batch."""
@@ -198,7 +198,10 @@ class Loop:
             losses = self.objective(self.trainees, batch)
             # Divided by the weight of the whole step: micro-batches may hold unequal numbers of
             # targets, and a mean of means would favour the short ones.
-            shares = [loss.sum / (weights[name] or 1.0) for name, loss in losses.items()]
+            shares = [
+                loss.sum / (weights[name.rpartition("/")[2]] or 1.0)
+                for name, loss in losses.items()
+            ]
             total = torch.stack(shares).sum()
             figures = []
             for name, loss in losses.items():
@@ -206,7 +209,11 @@ class Loop:
                 if not math.isfinite(value):
                     raise self._not_finite(f"`{name}` of step {step} is {value}")
                 figures.append((name, value, loss.weight))
-                figures += [(key, m.item(), loss.weight) for key, m in loss.metrics.items()]
+                prefix = name.rpartition("/")[0]
+                figures += [
+                    (f"{prefix}/{key}" if prefix else key, metric.item(), loss.weight)
+                    for key, metric in loss.metrics.items()
+                ]
             # Nothing to learn with frozen text and a batch without pictures.
             return total if total.requires_grad else None, figures
 

@@ -99,6 +99,8 @@ def build_trainee(
     *,
     device: torch.device,
     seed: int,
+    name: str = "",
+    extra: nn.Module | None = None,
 ) -> Trainee:
     """Make a model with its first weights, and everything around it."""
     model = build_model(config, device=device, seed=seed)
@@ -109,14 +111,19 @@ def build_trainee(
     model.checkpoint_layers = options.activation_checkpointing
     if options.freeze is not None:
         freeze(model, options.freeze)
+    parameters = list(model.named_parameters())
+    if extra is not None:
+        parameters += extra.to(device).named_parameters(prefix="extra")
     return Trainee(
         model,
-        Optimizer(model.named_parameters(), options.optimizer),
+        Optimizer(parameters, options.optimizer),
         schedule,
         run,
         source.tokenizer().files(),
         source.geometry if source.num_media else None,
         _build_balance(config, options.balance, device),
+        name,
+        extra,
     )
 
 

@@ -1,0 +1,444 @@
+"""Open the data, make every student and its teacher ready, and train them in the one loop.
+
+in: what the command line said; out: a run folder a student, or a plan under `--dry-run`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l4cli import terminal
+from l4cli.commands import shard_training as shared
+from l4cli.commands import training_report as report
+from l4cli.commands.distill_students import TEACHER, Student
+from l4cli.errors import L4Error, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from l4cli.checkpoint import RunFolder
+    from l4cli.commands.distill import Request
+    from l4cli.data.loader import ShardSource
+    from l4cli.data.teacher_cache import TeacherCache
+    from l4cli.model import Llama4Config
+    from l4cli.training.hidden_match import HiddenMatch
+    from l4cli.training.loop import Loop
+
+COMMAND = "distill"
+_DTYPES = {"fp32": "fp32", "bf16": "bf16", "fp8": "bf16"}  # what the teacher computes in
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the run: a student, or the teacher in training."""
+
+    student: Student
+    recipe: shared.Recipe
+    prepared: shared.Prepared
+    init_from: Path | None  # whose weights it begins with
+
+    @property
+    def config(self) -> Llama4Config:
+        return self.prepared.config
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher that only predicts."""
+
+    checkpoint: Path
+    config: Llama4Config
+    fingerprint: str
+    dtype: str
+    num_bytes: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything checked, nothing large allocated."""
+
+    members: Sequence[Member]
+    teacher: Teacher | None
+    cache: TeacherCache | None
+    source: ShardSource
+    num_steps: int
+    device: torch.device
+
+    @property
+    def names(self) -> list[str]:
+        """The folders of several models; one model has the run folder itself."""
+        names = [member.student.name for member in self.members]
+        return names if len(names) > 1 else []
+
+
+def run(request: Request) -> None:
+    """Train, from the beginning or from where the folder's run stands."""
+    from l4cli.training.device import make_repeatable
+    from l4cli.training.run import Run
+
+    ready = prepare(request)
+    try:
+        if request.dry_run:
+            for member in ready.members:
+                terminal.say(f"`{member.student.name}`:")
+                report.show_dry_run(
+                    member.prepared.plan,
+                    ready.source,
+                    member.prepared.schedule,
+                    member.recipe.dtype,
+                    ready.device,
+                )
+            return
+        make_repeatable(request.seed, ready.device)
+        settings = {
+            "data_paths": request.shards,
+            "eval_data": None if request.eval_data is None else str(request.eval_data),
+            **ready.members[0].recipe.settings(),
+        }
+        training = Run(
+            COMMAND,
+            request.folder,
+            _identity(request, ready),
+            settings,
+            ready.num_steps,
+            ready.device,
+            fresh=request.fresh,
+            notes={"seq_len": ready.source.seq_len},
+            members=ready.names,
+        )
+        for member in ready.members:
+            prepared = member.prepared
+            report.describe(member.student.name, prepared.plan, ready.source, prepared.schedule)
+        _describe_teacher(request, ready)
+        training.train(
+            lambda folders: _build_loop(request, ready, folders),
+            lambda loop: _start(ready, loop),
+        )
+    finally:
+        ready.source.close()
+
+
+def prepare(request: Request) -> Ready:
+    """Open the data, make the configs, refuse what cannot work."""
+    from l4cli.training import data_setup
+    from l4cli.training.device import torch_device
+
+    device = torch_device(request.device.value)
+    students = list(request.students)
+    if (new_teacher := request.new_teacher) is not None:
+        students.insert(0, new_teacher)
+    teacher_config = None
+    if request.teacher is not None and not request.codistill:
+        from l4cli.checkpoint import load_config
+
+        teacher_config = load_config(Path(request.teacher))
+    shapes = [_shape(student, teacher_config) for student in students]
+    cache = _open_cache(request)
+    source = data_setup.open_source(
+        request.shards,
+        seq_len=request.row_tokens,
+        batch_size=request.batch_size,
+        micro_batch_size=request.micro_batch_size,
+        seed=request.seed,
+        attention_chunk_size=shapes[-1].text.attention_chunk_size,
+        passes_at_once=_passes_at_once(shapes, teacher_config, device),
+        teacher_cache=cache,
+    )
+    num_steps = request.length.num_steps(source.num_rows, source.batch_size, source.seq_len)
+    teacher = None
+    if teacher_config is not None:
+        teacher = prepare_teacher(Path(request.teacher or ""), request.dtype.value, source)
+    members = [
+        _member(request, student, shape, source, num_steps, device)
+        for student, shape in zip(students, shapes, strict=True)
+    ]
+    for member in members:
+        if member.student.cut is not None:
+            assert teacher is not None
+            _plan_cut(member, teacher)
+    ready = Ready(members, teacher, cache, source, num_steps, device)
+    if not request.dry_run:
+        _require_all_fit(ready)
+    return ready
+
+
+def _shape(student: Student, teacher: Llama4Config | None) -> Llama4Config:
+    """The config before the shards' vocabulary is known."""
+    from l4cli.training import model_setup
+
+    if student.preset or student.file or student.checkpoint:
+        config = model_setup.base_config(student.preset, student.file, student.checkpoint)
+    else:
+        assert teacher is not None
+        config = teacher
+    return model_setup.apply_overrides(config, student.overrides)
+
+
+def _passes_at_once(
+    shapes: Sequence[Llama4Config], teacher: Llama4Config | None, device: torch.device
+) -> int:
+    models = [*shapes, teacher] if teacher is not None else shapes
+    return min(shared.passes_at_once(config, device) for config in models if config is not None)
+
+
+def _open_cache(request: Request) -> TeacherCache | None:
+    if request.teacher_cache is None:
+        return None
+    from l4cli.data.teacher_cache import TeacherCache
+
+    cache = TeacherCache.open(request.teacher_cache)
+    if cache.temperature != request.temperature:
+        raise UsageError(
+            f"cannot use `--temperature {request.temperature:g}`",
+            why=f"the cache was written at {cache.temperature:g}",
+            fix=f"`--temperature {cache.temperature:g}`, or write another cache",
+        )
+    return cache
+
+
+def prepare_teacher(checkpoint: Path, dtype: str, source: ShardSource) -> Teacher:
+    """A teacher that fits the shards. raises: L4Error"""
+    from l4cli.checkpoint import load_config
+    from l4cli.planning import flops_per_token, inference_bytes
+    from l4cli.training import continuation, data_setup, model_setup
+
+    config = load_config(checkpoint)
+    model_setup.require_same_tokenizer(checkpoint, source.tokenizer())
+    data_setup.require_geometry(config, source.datasets)
+    data_setup.require_context(config, source.seq_len)
+    from l4cli.checkpoint import resolve_checkpoint
+
+    computed = _DTYPES[dtype]
+    mean_length = source.num_tokens / max(1, _num_documents(source))
+    return Teacher(
+        checkpoint,
+        config,
+        continuation.fingerprint(resolve_checkpoint(checkpoint)),
+        computed,
+        inference_bytes(config, computed, 0)["weights"],
+        flops_per_token(config, source.seq_len, mean_length) / 3,  # forward alone
+    )
+
+
+def _num_documents(source: ShardSource) -> int:
+    return sum(int(shards.index["num_documents"]) for shards in source.datasets)
+
+
+def load_teacher(teacher: Teacher, device: torch.device) -> Any:
+    """The teacher's model, for predictions alone."""
+    import torch
+
+    from l4cli.checkpoint import load_model
+
+    dtype = torch.float32 if teacher.dtype == "fp32" else torch.bfloat16
+    model = load_model(teacher.checkpoint, device=device, dtype=dtype)
+    return model.requires_grad_(False)
+
+
+def _member(
+    request: Request,
+    student: Student,
+    config: Llama4Config,
+    source: ShardSource,
+    num_steps: int,
+    device: torch.device,
+) -> Member:
+    from l4cli.training import data_setup, model_setup
+
+    recipe = request.recipe_of(student)
+    init_from = student.checkpoint
+    if init_from is not None:
+        model_setup.require_same_tokenizer(init_from, source.tokenizer())
+    sets_size = any(word.split("=")[0].endswith("vocab_size") for word in student.overrides)
+    grows = student.preset in model_setup.GROWING_PRESETS and not sets_size
+    config = model_setup.fit_vocabulary(
+        config, source.tokenizer(), name=student.name, grows=grows
+    )
+    data_setup.require_geometry(config, source.datasets)
+    data_setup.require_context(config, source.seq_len)
+    if init_from is not None:
+        model_setup.require_weights(init_from, config, changed=student.overrides)
+    plan = shared.plan_run(
+        recipe, config, source, device, name=student.name, must_fit=not request.dry_run
+    )
+    held_out = None
+    if request.eval_data is not None:
+        held_out = data_setup.open_held_out(request.eval_data, source, config)
+    schedule = request.rate_of(student).for_steps(num_steps, config.text.hidden_size)
+    prepared = shared.Prepared(source, held_out, config, schedule, plan, device)
+    return Member(student, recipe, prepared, init_from)
+
+
+def _require_all_fit(ready: Ready) -> None:
+    """Each fits alone; refuse when all of them together do not."""
+    plans = [member.prepared.plan for member in ready.members]
+    # What the operating system, torch and the batches take is the same for all.
+    needed = sum(plan.total_bytes for plan in plans)
+    available = plans[0].available_bytes
+    if ready.teacher is not None:
+        needed += ready.teacher.num_bytes
+    if needed <= available:
+        return
+    parts = [
+        f"`{member.student.name}` {terminal.bytes_text(member.prepared.plan.total_bytes)}"
+        for member in ready.members
+    ]
+    if ready.teacher is not None:
+        parts.append(f"the teacher {terminal.bytes_text(ready.teacher.num_bytes)}")
+    raise L4Error(
+        "the models of this run do not fit this machine together",
+        why=f"they need {', '.join(parts)}, and {terminal.bytes_text(available)} is free",
+        fix="train fewer students at once, lower `--micro-batch-size`, or write the teacher's "
+        "predictions first with `--write-cache`",
+    )
+
+
+def _plan_cut(member: Member, teacher: Teacher) -> Any:
+    from l4cli.training.student_cut import CutOptions, plan_cut
+
+    cut = member.student.cut
+    assert cut is not None
+    return plan_cut(teacher.config, member.config, CutOptions(cut.layers, cut.experts))
+
+
+def _identity(request: Request, ready: Ready) -> dict[str, Any]:
+    """Everything the weights depend on; of several models each one's own under its name."""
+    from l4cli.training import continuation
+
+    teacher = None if ready.teacher is None else ready.teacher.fingerprint
+    of_all: dict[str, Any] = {
+        "teacher": teacher,
+        "teacher_cache": None if ready.cache is None else ready.cache.digest,
+        "codistill": request.codistill,
+    }
+    single = not ready.names
+    for member in ready.members:
+        student = member.student
+        own = shared.identity(
+            member.recipe, member.prepared, warmup=request.rate_of(student).warmup
+        )
+        init_from = member.init_from
+        own["init_from"] = None if init_from is None else continuation.fingerprint_of(init_from)
+        own["cut"] = None if student.cut is None else [student.cut.layers, student.cut.experts]
+        if student.name != TEACHER:
+            loss = student.loss
+            share = loss.share
+            own |= {
+                "loss": loss.loss,
+                "alpha": None if share is None else [share.start, share.end],
+                "alpha_gap_scale": None if share is None else share.gap_scale,
+                "alpha_follows_lr": None if share is None else share.follows_lr,
+                "scaling_factor": loss.factor,
+                "temperature": loss.temperature,
+                "hard_targets": "teacher" if loss.hard_from_teacher else "data",
+                "match_weight": loss.match_weight,
+                "match": student.match if loss.match_weight else None,
+                "burn_in": loss.burn_in,
+            }
+        for key in ("data", "seed", "batch_size", "micro_batch_size", "dtype"):
+            of_all[key] = own.pop(key)
+        of_all |= own if single else {f"{student.name}.{key}": v for key, v in own.items()}
+    return of_all
+
+
+def _describe_teacher(request: Request, ready: Ready) -> None:
+    if ready.teacher is not None:
+        terminal.say(f"teacher `{ready.teacher.checkpoint}`, {ready.teacher.dtype}")
+    elif ready.cache is not None:
+        terminal.say(f"teacher: cache `{request.teacher_cache}`")
+    terminal.say(f"{ready.device.type}; run folder `{request.folder}`")
+
+
+def _build_loop(request: Request, ready: Ready, folders: Sequence[RunFolder]) -> Loop:
+    """Every model with its first weights, and the loop that trains them all."""
+    from l4cli.planning import gemm_rate
+    from l4cli.training.loop import Loop
+    from l4cli.training.objectives.distillation import Distillation
+
+    several = bool(ready.names)
+    trainees = [
+        shared.new_trainee(
+            member.recipe,
+            member.prepared,
+            folder,
+            name=member.student.name if several else "",
+            extra=_match_of(request, ready, member),
+        )
+        for member, folder in zip(ready.members, folders, strict=True)
+    ]
+    students = [member.student for member in ready.members if member.student.name != TEACHER]
+    needs_teacher = any(student.loss.needs_teacher for student in students)
+    model = None
+    if ready.teacher is not None and needs_teacher:
+        model = load_teacher(ready.teacher, ready.device)
+    objective = Distillation(
+        [student.loss for student in students],
+        model,
+        codistills=request.codistill,
+        attention_chunk_size=ready.members[-1].config.text.attention_chunk_size,
+    )
+    plans = [member.prepared.plan for member in ready.members]
+    flops = sum(plan.flops_per_token for plan in plans)
+    if model is not None and ready.teacher is not None:
+        flops += ready.teacher.flops_per_token
+    return Loop(
+        trainees,
+        ready.source,
+        objective,
+        shared.loop_options(ready.members[0].recipe, ready.num_steps),
+        ready.device,
+        passes_at_once=ready.source.passes_at_once,
+        evaluations=[
+            shared.evaluation(trainee, member.prepared)
+            for trainee, member in zip(trainees, ready.members, strict=True)
+            if member.prepared.held_out is not None
+        ],
+        flops_per_token=flops,
+        flops_per_tile=sum(plan.flops_per_tile for plan in plans),
+        peak_flops=gemm_rate(ready.members[0].recipe.dtype, str(ready.device)),
+    )
+
+
+def _match_of(request: Request, ready: Ready, member: Member) -> HiddenMatch | None:
+    """The maps from a student's layers to the teacher's, where they are to be matched."""
+    student = member.student
+    if student.name == TEACHER or not student.loss.match_weight:
+        return None
+    from l4cli.training.hidden_match import HiddenMatch, spread_pairs
+
+    teacher = ready.members[0].config if request.codistill else None
+    if ready.teacher is not None:
+        teacher = ready.teacher.config
+    assert teacher is not None
+    depths = member.config.text.num_hidden_layers, teacher.text.num_hidden_layers
+    pairs = student.match or spread_pairs(*depths)
+    for pair in pairs:
+        if not all(0 <= layer < depth for layer, depth in zip(pair, depths, strict=True)):
+            raise UsageError(
+                f"cannot match layer {pair[0]} of `{student.name}` with layer {pair[1]}",
+                why=f"the student has {depths[0]} layers and the teacher {depths[1]}",
+                fix="name layers from 0, the student's first, as in `match=0:1+1:3`",
+            )
+    widths = member.config.text.hidden_size, teacher.text.hidden_size
+    return HiddenMatch(pairs, *widths, seed=request.seed)
+
+
+def _start(ready: Ready, loop: Loop) -> None:
+    """First weights: from a checkpoint, or cut from the teacher."""
+    from l4cli.checkpoint import load_weights
+
+    for member, trainee in zip(ready.members, loop.trainees, strict=True):
+        if member.init_from is not None:
+            load_weights(trainee.model, member.init_from)
+        if member.student.cut is not None:
+            from l4cli.training.student_cut import cut_weights
+
+            assert ready.teacher is not None
+            plan = _plan_cut(member, ready.teacher)
+            cut_weights(trainee.model, ready.teacher.checkpoint, plan)
+            for line in plan.report():
+                terminal.say(f"`{member.student.name}`: {line}")

@@ -1,0 +1,276 @@
+"""What `--student` says: a shape or a checkpoint, and what is this student's alone.
+
+in: words such as `preset:nano,name=dense,lr=4e-3,num_local_experts=2`; out: a `Student` (no torch)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from l4cli.commands import training_options as train
+from l4cli.errors import UsageError
+from l4cli.training.soft_share import LOSSES, SoftShare, StudentLoss, parse_share
+
+TEACHER = "teacher"  # the student that is cut from the teacher; the folder of one in training
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not inside a list or an object
+_RESERVED = (TEACHER, "latest")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How first weights are taken from the teacher."""
+
+    layers: tuple[int, ...] | None = None
+    experts: str = "merge"
+
+
+@dataclass(frozen=True)
+class Student:
+    """One student as the command line describes it; None is what all students have."""
+
+    name: str
+    preset: str | None = None
+    file: Path | None = None  # a `config.json`
+    checkpoint: Path | None = None
+    cut: Cut | None = None  # first weights from the teacher
+    overrides: Sequence[str] = ()  # `key=value` of the model's config
+    training: Mapping[str, Any] = field(default_factory=dict)  # fields of the command's options
+    loss: StudentLoss = field(default_factory=StudentLoss)
+    match: tuple[tuple[int, int], ...] | None = None  # layers; None: spread over the depth
+
+    @property
+    def shape_name(self) -> str:
+        """What the shape comes from, for messages."""
+        return str(self.file or self.checkpoint or self.preset or TEACHER)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the command's own options say for all students."""
+
+    loss: str
+    alpha: str | None
+    factor: float | None
+    temperature: float
+    hard_targets: str
+    match_weight: float
+    burn_in: float
+    cut: Cut | None
+
+
+def parse_students(words: Sequence[str], defaults: Defaults) -> list[Student]:
+    """Read every `--student`. raises: UsageError naming the word that cannot be used"""
+    students = [_parse(word, defaults) for word in words]
+    names = [student.name for student in students]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"two students are named `{name}`",
+                why="each has a run folder of its own",
+                fix=f"name one of them: `--student {words[names.index(name)]},name=other`",
+            )
+    return students
+
+
+def parse_teacher(word: str) -> Student:
+    """Read `--teacher` where the teacher is in training: a shape or a checkpoint to go on from.
+
+    raises: UsageError
+    """
+    what, settings = _split(word)
+    if what == TEACHER:
+        raise _bad(word, "the teacher cannot be cut from itself", "`--teacher preset:mini`")
+    teacher = replace(_shape_of(what, word, None), name=TEACHER)
+    training = _training_of(word, settings)
+    return replace(teacher, overrides=_overrides(settings), training=training)
+
+
+def _parse(word: str, defaults: Defaults) -> Student:
+    what, settings = _split(word)
+    student = _shape_of(what, word, defaults.cut)
+    if (name := settings.pop("name", None)) is not None:
+        student = replace(student, name=name)
+    if not _NAME.fullmatch(student.name) or student.name in _RESERVED:
+        raise UsageError(
+            f"cannot name a student `{student.name}`",
+            why="it names a folder: letters, digits, `-` and `_`, not `latest` or `teacher`",
+            fix=f"`--student {what},name=small`",
+        )
+    student = replace(student, cut=_cut_of(student, settings, word))
+    loss = _loss_of(word, settings, defaults)
+    match = _value(word, settings, "match", _parse_pairs)
+    training = _training_of(word, settings)
+    overrides = _overrides(settings)
+    return replace(student, overrides=overrides, training=training, loss=loss, match=match)
+
+
+def _split(word: str) -> tuple[str, dict[str, str]]:
+    """What stands before the first comma, and the pairs after it."""
+    what, *pairs = _COMMA.split(word)
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, is_pair, value = pair.partition("=")
+        if not is_pair:
+            fix = f"write `key=value` after the comma, as in `{what},lr=3e-3`"
+            raise _bad(word, f"`{pair}` has no `=`", fix)
+        settings[key] = value
+    return what, settings
+
+
+def _training_of(word: str, settings: dict[str, str]) -> dict[str, Any]:
+    keys = [key for key in _TRAINING if key in settings]
+    return {key: _value(word, settings, key, _TRAINING[key]) for key in keys}
+
+
+def _overrides(settings: Mapping[str, str]) -> list[str]:
+    """What no option has claimed are keys of the model's config."""
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _shape_of(what: str, word: str, cut: Cut | None) -> Student:
+    if what == TEACHER:
+        return Student("student", cut=cut or Cut())
+    if what.startswith("preset:"):
+        preset = what.removeprefix("preset:")
+        return Student(preset, preset=preset, cut=cut)
+    path = Path(what)
+    if path.suffix == ".json":
+        return Student(path.stem, file=path, cut=cut)
+    if not path.exists():
+        why = "it is no `preset:NAME`, no `teacher`, and there is no such file or folder"
+        raise _bad(word, why, "`--student preset:nano`")
+    if cut is not None:
+        why = "`--init-from-teacher` gives first weights, and a checkpoint brings its own"
+        raise _bad(word, why, "leave one of them out")
+    name = path.resolve().parent.name if path.name == "latest" else path.resolve().name
+    return Student(name, checkpoint=path)
+
+
+def _cut_of(student: Student, settings: dict[str, str], word: str) -> Cut | None:
+    layers = _value(word, settings, "layers", _parse_layers)
+    experts = _value(word, settings, "experts", _one_of("merge", "drop"))
+    if layers is None and experts is None:
+        return student.cut
+    if student.checkpoint is not None:
+        why = "`layers` and `experts` say how to cut the teacher, and a checkpoint has weights"
+        raise _bad(word, why, "leave them out")
+    cut = student.cut or Cut()
+    return Cut(layers or cut.layers, experts or cut.experts)
+
+
+def _loss_of(word: str, settings: dict[str, str], defaults: Defaults) -> StudentLoss:
+    """The student's own words, where it has any, else the command's."""
+    loss = _value(word, settings, "loss", _one_of(*LOSSES)) or defaults.loss
+    text = settings.pop("alpha", None)
+    own_factor = _value(word, settings, "scaling_factor", _positive)
+    alpha, factor = text or defaults.alpha, own_factor or defaults.factor
+    for option, value, own in (
+        ("--alpha", alpha, text),
+        ("--scaling-factor", factor, own_factor),
+    ):
+        if loss == "hybrid" or value is None:
+            continue
+        if own is None and defaults.loss == "hybrid":
+            continue  # said for the students that have both losses
+        why = f"it weighs soft targets against hard ones, and the loss is `{loss}`"
+        raise UsageError(f"cannot use `{option} {value}`", why=why, fix="`--loss hybrid`")
+    hard = _value(word, settings, "hard_targets", _one_of("data", TEACHER))
+    match_weight = _value(word, settings, "match_weight", _positive)
+    return StudentLoss(
+        loss=loss,
+        share=parse_alpha(alpha) if loss == "hybrid" and alpha is not None else None,
+        factor=factor or 1.0 if loss == "hybrid" else 1.0,
+        temperature=defaults.temperature,
+        hard_from_teacher=(hard or defaults.hard_targets) == TEACHER,
+        match_weight=defaults.match_weight if match_weight is None else match_weight,
+        burn_in=defaults.burn_in,
+    )
+
+
+def parse_alpha(text: str) -> SoftShare:
+    """Read `--alpha`. raises: UsageError"""
+    try:
+        return parse_share(text)
+    except ValueError as error:
+        raise UsageError(
+            f"cannot use `--alpha {text}`",
+            why=str(error),
+            fix="write a share such as `0.5`, a schedule `0.1..0.9` (over the steps), `lr:0.9` "
+            "(with the learning rate) or `token:0.9` (by the teacher's lead)",
+        ) from None
+
+
+def _value(
+    word: str, settings: dict[str, str], key: str, read: Callable[[str], Any]
+) -> Any:
+    text = settings.pop(key, None)
+    if text is None:
+        return None
+    try:
+        return read(text)
+    except ValueError as error:
+        raise _bad(word, f"`{key}={text}`: {error}", "correct it, or leave it out") from None
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError("it is none of " + ", ".join(f"`{choice}`" for choice in choices))
+        return text
+
+    return read
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError("it is not above 0")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise ValueError("it is below 0")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError("it is below 0")
+    return number
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+"))
+
+
+def _parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Read `1:3+2:7`: the student's layer, the teacher's."""
+    pairs = [part.split(":") for part in text.split("+")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("write pairs such as `0:1+1:3`, the student's layer first")
+    return tuple((int(student), int(teacher)) for student, teacher in pairs)
+
+
+# Options of training that a student may have of its own, and how they are read.
+_TRAINING: dict[str, Callable[[str], Any]] = {
+    "lr": _positive,
+    "min_lr": _not_negative,
+    "warmup": _count,
+    "schedule": train.ScheduleKind,
+    "decay_frac": _not_negative,
+    "optim": train.Optim,
+    "weight_decay": _not_negative,
+    "balance": train.BalanceKind,
+}
+
+
+def _bad(word: str, why: str, fix: str) -> UsageError:
+    return UsageError(f"cannot use `--student {word}`", why=why, fix=fix)
