@@ -37,6 +37,7 @@ _PLACES = (
     ("weight_only", "WEIGHT_ONLY"),
     ("cross_entropy", "LINEAR_CROSS_ENTROPY"),
     ("cross_entropy", "TOKEN_LOSSES"),
+    ("distillation", "LINEAR_DISTILLATION"),
 )
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
 

@@ -33,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer_MV = h_MD.new_empty(min(chunk, len(h_MD)), len(weight_VD), dtype=torch.float32)
         for start in range(0, len(h_MD), chunk):
             rows = slice(start, start + chunk)
-            logits_MV = _logits_into(buffer_MV, h_MD[rows], cast_VD)
+            logits_MV = logits_into(buffer_MV, h_MD[rows], cast_VD)
             picked_M1 = labels_M[rows].unsqueeze(-1)
             top_M1 = logits_MV.amax(-1, keepdim=True)
             target_M1 = logits_MV.gather(-1, picked_M1)
@@ -62,7 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh_MD * scale.to(dh_MD.dtype), dweight_VD * scale, None, None, None
 
 
-def _logits_into(buffer_MV: Tensor, h_MD: Tensor, weight_VD: Tensor) -> Tensor:
+def logits_into(buffer_MV: Tensor, h_MD: Tensor, weight_VD: Tensor) -> Tensor:
+    """The logits of these tokens in the buffer's first rows; h and weight are of one dtype."""
     logits_MV = buffer_MV[: len(h_MD)]
     if h_MD.dtype == logits_MV.dtype:
         return torch.mm(h_MD, weight_VD.T, out=logits_MV)
