@@ -43,6 +43,7 @@ COMMANDS = (
     Command("pack", "a token stream -> packed shards", is_main=True),
     Command("pretrain", "train a model on packed shards, or go on training one", is_main=True),
     Command("extend-context", "train a model on longer and longer rows", is_main=True),
+    Command("distill", "train small models on what a large one predicts", is_main=True),
     Command("quantize", "make a model small: int4, int8, fp8", is_main=True),
     Command("chat", "talk to a model, with pictures and videos", is_main=True),
     Command("needle-test", "how far a model can read, with controls and a heat map", is_main=True),

@@ -6,7 +6,7 @@ Students may differ in shape: `--student preset:nano`, a checkpoint, a `config.j
 
 examples:
   l4 distill shards/ --teacher runs/big/latest --student preset:nano -o runs/small
-  l4 distill shards/ --teacher big/ --student preset:nano --student preset:nano,name=dense,moe_layers=[]
+  l4 distill shards/ --teacher big/ --student preset:nano --student dense.json,lr=4e-3
   l4 distill shards/ --teacher big/ --student teacher,num_hidden_layers=4 --alpha token:0.9
   l4 distill shards/ --teacher preset:mini --codistill --burn-in 0.1 --student preset:nano
   l4 distill shards/ --teacher big/ --write-cache cache/
@@ -353,7 +353,9 @@ class Request:
             why = "its first weights are to be cut from a teacher that is trained already"
             raise UsageError(what, why=why, fix="add `--teacher CHECKPOINT`")
         if student.loss.match_weight and not has_model:
-            why = "hidden states are matched with those of a teacher that runs, and a cache has none"
+            why = (
+                "hidden states are matched with those of a teacher that runs, and a cache has none"
+            )
             raise UsageError(what, why=why, fix="add `--teacher CHECKPOINT`")
         if student.loss.needs_teacher and not has_model and self.teacher_cache is None:
             why = "it learns from a teacher's predictions, and no teacher is given"

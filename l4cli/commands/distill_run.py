@@ -6,7 +6,7 @@ in: what the command line said; out: a run folder a student, or a plan under `--
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +202,7 @@ def _open_cache(request: Request) -> TeacherCache | None:
 
 def prepare_teacher(checkpoint: Path, dtype: str, source: ShardSource) -> Teacher:
     """A teacher that fits the shards. raises: L4Error"""
-    from l4cli.checkpoint import load_config
+    from l4cli.checkpoint import load_config, resolve_checkpoint
     from l4cli.planning import flops_per_token, inference_bytes
     from l4cli.training import continuation, data_setup, model_setup
 
@@ -210,8 +210,6 @@ def prepare_teacher(checkpoint: Path, dtype: str, source: ShardSource) -> Teache
     model_setup.require_same_tokenizer(checkpoint, source.tokenizer())
     data_setup.require_geometry(config, source.datasets)
     data_setup.require_context(config, source.seq_len)
-    from l4cli.checkpoint import resolve_checkpoint
-
     computed = _DTYPES[dtype]
     mean_length = source.num_tokens / max(1, _num_documents(source))
     return Teacher(
@@ -255,9 +253,7 @@ def _member(
         model_setup.require_same_tokenizer(init_from, source.tokenizer())
     sets_size = any(word.split("=")[0].endswith("vocab_size") for word in student.overrides)
     grows = student.preset in model_setup.GROWING_PRESETS and not sets_size
-    config = model_setup.fit_vocabulary(
-        config, source.tokenizer(), name=student.name, grows=grows
-    )
+    config = model_setup.fit_vocabulary(config, source.tokenizer(), name=student.name, grows=grows)
     data_setup.require_geometry(config, source.datasets)
     data_setup.require_context(config, source.seq_len)
     if init_from is not None:
@@ -307,6 +303,7 @@ def _plan_cut(member: Member, teacher: Teacher) -> Any:
 
 def _identity(request: Request, ready: Ready) -> dict[str, Any]:
     """Everything the weights depend on; of several models each one's own under its name."""
+    from l4cli.checkpoint import resolve_checkpoint
     from l4cli.training import continuation
 
     teacher = None if ready.teacher is None else ready.teacher.fingerprint
@@ -322,7 +319,9 @@ def _identity(request: Request, ready: Ready) -> dict[str, Any]:
             member.recipe, member.prepared, warmup=request.rate_of(student).warmup
         )
         init_from = member.init_from
-        own["init_from"] = None if init_from is None else continuation.fingerprint_of(init_from)
+        own["init_from"] = (
+            None if init_from is None else continuation.fingerprint(resolve_checkpoint(init_from))
+        )
         own["cut"] = None if student.cut is None else [student.cut.layers, student.cut.experts]
         if student.name != TEACHER:
             loss = student.loss

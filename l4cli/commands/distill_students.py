@@ -205,9 +205,7 @@ def parse_alpha(text: str) -> SoftShare:
         ) from None
 
 
-def _value(
-    word: str, settings: dict[str, str], key: str, read: Callable[[str], Any]
-) -> Any:
+def _value(word: str, settings: dict[str, str], key: str, read: Callable[[str], Any]) -> Any:
     text = settings.pop(key, None)
     if text is None:
         return None

@@ -52,9 +52,7 @@ class Llama4ForCausalLM(nn.Module):
         `outputs`: a layer's number to its states, filled in for the numbers it holds
         """
         h_BTD = self.embed(batch.input_ids, batch.pixel_values)
-        return self.model(
-            h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed, outputs
-        )
+        return self.model(h_BTD, batch, cache, routing, self.checkpoint_layers, num_needed, outputs)
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
         """What the first layer reads. shapes: [B, T] -> h_BTD"""

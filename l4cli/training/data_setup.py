@@ -26,6 +26,7 @@ def open_source(
     seed: int,
     attention_chunk_size: int | None,
     passes_at_once: int = 1,
+    teacher_cache: object = None,
 ) -> ShardSource:
     """Open training data. `seq_len` is a check: rows have the length they were packed with."""
     packed_len = ShardSet.open(parse_mixture(specs)[0].path).seq_len

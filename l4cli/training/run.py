@@ -19,7 +19,6 @@ from l4cli.errors import UsageError
 from l4cli.training import run_record
 from l4cli.training.loop import Loop
 
-
 Build = Callable[[Sequence[RunFolder]], Loop]
 
 
