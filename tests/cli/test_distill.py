@@ -1,0 +1,196 @@
+"""`l4 distill` on models of a few thousand parameters: several students, one run, its folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_pretrain import TINY, metrics_of, only_error, weights_of
+
+from l4cli.cli import main
+
+SMALL = "lr=0.01,num_hidden_layers=2,no_rope_layer_interval=2"
+
+
+@pytest.fixture(scope="session")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows the lines of `text/` a little."""
+    out = tmp_path_factory.mktemp("teacher") / "big"
+    config = {**TINY, "hidden_size": 64, "num_attention_heads": 4}
+    (out.parent / "big.json").write_text(json.dumps(config))
+    shape = ["--config", str(out.parent / "big.json"), "--steps", "40", "--batch-size", "8"]
+    assert main(["pretrain", str(data / "text"), *shape, "--lr", "0.01", "-o", str(out), "-q"]) == 0
+    return out / "latest"
+
+
+def distill(data: Path, out: Path, *more: str) -> int:
+    few = ["--batch-size", "4", "--log-every", "2", "--schedule", "constant"]
+    return main(["distill", str(data / "text"), *few, "-o", str(out), *more])
+
+
+def tiny(data: Path, *pairs: str) -> list[str]:
+    return ["--student", ",".join([str(data / "tiny.json"), *pairs])]
+
+
+def test_students_of_several_shapes_in_one_run(data: Path, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    students = [
+        *tiny(data, "name=moe", "num_local_experts=2"),
+        *tiny(data, "name=dense", "moe_layers=[]", "optim=adamw", "loss=soft", "lr=2e-3"),
+    ]
+    held = ["--eval-data", str(data / "held")]
+    words = ["--teacher", str(teacher), *students, "--steps", "4", *held]
+    assert distill(data, out, *words) == 0
+    for name in ("moe", "dense"):
+        events = metrics_of(out / name)
+        steps = [event for event in events if event["event"] == "step"]
+        assert [event["step"] for event in steps] == [2, 4]
+        assert events[-1]["event"] == "eval"
+        assert events[-1]["bits_per_byte"] > 0
+        for figure in ("loss", "hard_loss", "soft_loss", "soft_weight", "teacher_loss"):
+            assert figure in steps[0], figure
+        assert ("balance_loss" in steps[0]) == (name == "moe")
+        assert steps[0]["lr"] == {"moe": 3e-3 * 6**0.5, "dense": 2e-3}[name]
+    config = json.loads((out / "dense" / "latest" / "config.json").read_text())
+    assert config["moe_layers"] == []
+
+
+def test_a_run_cut_off_between_two_saves_continues(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """One student has saved step 4 and the other has not: both go back to step 2."""
+    students = [*tiny(data, "name=a"), *tiny(data, "name=b", "moe_layers=[]")]
+    words = ["--teacher", str(teacher), *students, "--save-every", "2", "--alpha", "token:0.9"]
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    assert distill(data, straight, *words, "--steps", "6") == 0
+    assert distill(data, cut, *words, "--steps", "4") == 0
+    shutil.rmtree(cut / "b" / "step-000004")
+    assert distill(data, cut, *words, "--steps", "6") == 0
+    for name in ("a", "b"):
+        assert weights_of(cut / name) == weights_of(straight / name)
+        assert metrics_of(cut / name) == metrics_of(straight / name)
+    assert distill(data, cut, *words, "--steps", "6") == 0  # finished
+
+
+def test_hard_targets_of_the_data_need_no_teacher(data: Path, tmp_path: Path) -> None:
+    """And then it is pretraining, bit for bit."""
+    shape = ["--steps", "3", "--lr", "0.01"]
+    assert distill(data, tmp_path / "hard", *tiny(data), "--loss", "hard", *shape) == 0
+    few = ["--config", str(data / "tiny.json"), "--batch-size", "4", "--schedule", "constant"]
+    plain = ["pretrain", str(data / "text"), *few, *shape, "-o", str(tmp_path / "plain"), "-q"]
+    assert main(plain) == 0
+    assert weights_of(tmp_path / "hard") == weights_of(tmp_path / "plain")
+
+
+def test_pictures(data: Path, tmp_path: Path) -> None:
+    """A teacher and a student with vision learn from shards with pictures."""
+    shards = str(data / "pictures")
+    shape = ["--set", "num_hidden_layers=2", "--steps", "2", "--batch-size", "2", "-q"]
+    out = str(tmp_path / "big")
+    assert main(["pretrain", shards, "--preset", "nano", *shape, "-o", out]) == 0
+    student = "preset:nano,hidden_size=64,num_hidden_layers=2"
+    words = ["--teacher", out + "/latest", "--student", student, "--steps", "2"]
+    run = ["distill", shards, *words, "--batch-size", "2", "-o", str(tmp_path / "small"), "-q"]
+    assert main(run) == 0
+    blind = [*run[:4], "--student", student + ",vision_config=null", *run[6:]]
+    blind[blind.index(str(tmp_path / "small"))] = str(tmp_path / "blind")
+    assert main(blind) == 2
+
+
+def test_codistilling_trains_both(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    big = f"{data / 'tiny.json'},hidden_size=64,num_attention_heads=4,lr=0.02"
+    words = ["--codistill", "--teacher", big, *tiny(data, "name=small"), "--burn-in", "0.5"]
+    assert distill(data, out, *words, "--steps", "4", "--lr", "0.01") == 0
+    assert metrics_of(out / "teacher")[0]["lr"] == 0.02
+    assert [event["soft_weight"] for event in metrics_of(out / "small")] == [0.0, 1.0]
+
+
+def test_other_tokenizers_are_refused(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("other words, other tokens\n" * 50)
+    assert main(["train-tokenizer", str(text), "--vocab-size", "300", "-o", f"{tmp_path}/tok"]) == 0
+    stream = f"{tmp_path}/x.tokens"
+    assert main(["tokenize", str(text), "--tokenizer", f"{tmp_path}/tok", "-o", stream, "-q"]) == 0
+    assert main(["pack", stream, "--seq-len", "64", "-o", f"{tmp_path}/text", "-q"]) == 0
+    capsys.readouterr()
+    out = tmp_path / "run"
+    assert distill(tmp_path, out, "--teacher", str(teacher), *tiny(data), "--steps", "2") == 2
+    error = only_error(capsys)
+    assert "another tokenizer" in error
+    assert str(teacher) in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], "no student given"),
+        (["--student", "preset:nano"], "no teacher is given"),
+        (["--student", "preset:nono", "--teacher", "{teacher}"], "unknown preset `nono`"),
+        (["--student", "nowhere/", "--teacher", "{teacher}"], "no such file or folder"),
+        (["--student", "preset:nano", "--teacher", "nowhere/"], "nowhere"),
+        (["--student", "preset:nano,lr", "--teacher", "{teacher}"], "`lr` has no `=`"),
+        (["--student", "preset:nano,lr=x", "--teacher", "{teacher}"], "lr=x"),
+        (["--student", "preset:nano,hiden_size=8", "--teacher", "{teacher}"], "hidden_size"),
+        (["--student", "preset:nano,name=latest", "--teacher", "{teacher}"], "names a folder"),
+        (["--student", "preset:nano", "--student", "preset:nano"], "two students are named"),
+        (["--student", "preset:nano", "--alpha", "1.5"], "a share is from 0 to 1"),
+        (["--student", "preset:nano", "--loss", "soft", "--alpha", "0.5"], "the loss is `soft`"),
+        (["--student", "preset:nano", "--temperature", "0"], "logits are divided by it"),
+        (["--student", "preset:nano", "--scaling-factor", "-1"], "soft targets count times this"),
+        (["--student", "preset:nano", "--codistill"], "`--codistill` trains a teacher"),
+        (["--student", "preset:nano", "--burn-in", "0.1"], "nothing to learn first"),
+        (["--student", "preset:nano", "--teacher", "a", "--teacher-cache", "b"], "both say what"),
+        (["--student", "preset:nano", "--write-cache", "c", "--teacher", "a"], "trains nothing"),
+        (["--write-cache", "c"], "a cache holds what a teacher predicts"),
+        (["--student", "teacher", "--loss", "hard"], "to be cut from a teacher"),
+        (["--student", "preset:nano,match=1", "--teacher", "{teacher}"], "write pairs such as"),
+    ],
+)
+def test_words_that_cannot_be_meant(
+    words: list[str],
+    why: str,
+    data: Path,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    words = [word.replace("{teacher}", str(teacher)) for word in words]
+    assert distill(data, out, *words, "--steps", "2") in (1, 2)
+    assert why in only_error(capsys)
+    assert not out.exists()
+
+
+def test_models_too_large_together_are_refused(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--teacher", str(teacher), "--steps", "2"]
+    assert distill(data, tmp_path / "a", *words, "--student", "preset:scout") == 1
+    assert "`scout` does not fit this machine" in only_error(capsys)
+    # Each alone fits; forty of them do not, whatever this machine has.
+    many = [f"--student=preset:small,name=s{i},vision_config=null" for i in range(400)]
+    assert distill(data, tmp_path / "b", *words, *many[:40]) == 1
+    error = only_error(capsys)
+    assert "do not fit" in error
+
+
+def test_another_set_of_students_is_another_run(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["--teacher", str(teacher), "--steps", "2"]
+    assert distill(data, out, *words, *tiny(data, "name=a"), *tiny(data, "name=b")) == 0
+    capsys.readouterr()
+    assert distill(data, out, *words, *tiny(data, "name=a"), *tiny(data, "name=c")) == 2
+    assert "it trains `a`, `b`" in only_error(capsys)
+    assert distill(data, out, *words, *tiny(data, "name=a")) == 2
+    assert "it trains `a`, `b`" in only_error(capsys)
+    other = [*tiny(data, "name=a", "alpha=0.5"), *tiny(data, "name=b")]
+    assert distill(data, out, *words, *other) == 2
+    assert "`a.alpha` was not set, now [0.5, 0.5]" in only_error(capsys)
