@@ -55,20 +55,23 @@ class ParameterReader:
     def parts(self, name: str) -> Iterator[Tensor]:
         """A parameter in parts that follow one another in memory: whole, or fused [in, out] by
         expert."""
-        if len(self.shapes[name]) < 3:
-            yield self._values(self._pieces[name][0].key)
-            return
+        shape = self.shapes[name]
+        for expert in [None] if len(shape) < 3 else range(shape[0]):
+            yield self.part(name, expert)
+
+    def part(self, name: str, expert: int | None = None) -> Tensor:
+        """A parameter's values: whole, or of a fused one an expert's [in, out]."""
+        key = self._pieces[name][0].key
+        if expert is None:
+            return self._values(key)
+        if self._pieces[name][0].expert is None:
+            return self._read(key, expert)
         half = self.shapes[name][2] // 2
-        both = [(0, half), (half, 2 * half)]
-        is_fused = self._pieces[name][0].expert is None
-        for expert in range(self.shapes[name][0]):
-            if is_fused:
-                yield self._read(self._pieces[name][0].key, expert)
-            elif name.endswith("gate_up_proj"):
-                maps = [_plain(self.linear(name, expert, columns)) for columns in both]
-                yield torch.cat([each.T for each in maps], dim=1)
-            else:
-                yield _plain(self.linear(name, expert, (0, 2 * half))).T
+        if name.endswith("gate_up_proj"):
+            both = [(0, half), (half, 2 * half)]
+            maps = [_plain(self.linear(name, expert, columns)) for columns in both]
+            return torch.cat([each.T for each in maps], dim=1)
+        return _plain(self.linear(name, expert, (0, 2 * half))).T
 
     def linear(
         self, name: str, expert: int | None = None, columns: Columns = (0, 0)
