@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from l4cli.data.loader import ShardSource
     from l4cli.data.teacher_cache import TeacherCache
     from l4cli.model import Llama4Config
+    from l4cli.training.cut_plan import CutPlan
     from l4cli.training.hidden_match import HiddenMatch
     from l4cli.training.loop import Loop
 
 COMMAND = "distill"
+_DEPTH = "num_hidden_layers="
 _DTYPES = {"fp32": "fp32", "bf16": "bf16", "fp8": "bf16"}  # what the teacher computes in
 
 
@@ -174,8 +176,28 @@ def _shape(student: Student, teacher: Llama4Config | None) -> Llama4Config:
         config = model_setup.base_config(student.preset, student.file, student.checkpoint)
     else:
         assert teacher is not None
-        config = teacher
+        config = _teachers_shape(student, teacher)
     return model_setup.apply_overrides(config, student.overrides)
+
+
+def _teachers_shape(student: Student, teacher: Llama4Config) -> Llama4Config:
+    """The teacher's config, which names every layer's kind, with as many layers as are kept."""
+    from l4cli.training.cut_plan import with_layers
+
+    depth = teacher.text.num_hidden_layers
+    layers = student.cut.layers if student.cut else None
+    if layers is None:
+        wanted = [w.partition("=")[2] for w in student.overrides if w.startswith(_DEPTH)]
+        count = int(wanted[-1]) if wanted and wanted[-1].isdigit() else depth
+        # Its last layers: a pattern of layers without positions ends with one of them.
+        layers = tuple(range(depth))[-count:] if 0 < count < depth else tuple(range(depth))
+    if not all(0 <= layer < depth for layer in layers):
+        raise UsageError(
+            f"cannot keep the layers {list(layers)} of the teacher",
+            why=f"it has {depth}",
+            fix=f"name layers from 0 to {depth - 1}, as in `layers=0+{depth - 1}`",
+        )
+    return with_layers(teacher, layers)
 
 
 def _passes_at_once(
@@ -293,8 +315,8 @@ def _require_all_fit(ready: Ready) -> None:
     )
 
 
-def _plan_cut(member: Member, teacher: Teacher) -> Any:
-    from l4cli.training.student_cut import CutOptions, plan_cut
+def _plan_cut(member: Member, teacher: Teacher) -> CutPlan:
+    from l4cli.training.cut_plan import CutOptions, plan_cut
 
     cut = member.student.cut
     assert cut is not None
@@ -429,15 +451,15 @@ def _match_of(request: Request, ready: Ready, member: Member) -> HiddenMatch | N
 def _start(ready: Ready, loop: Loop) -> None:
     """First weights: from a checkpoint, or cut from the teacher."""
     from l4cli.checkpoint import load_weights
+    from l4cli.checkpoint.parameters import ParameterReader
+    from l4cli.training.student_cut import cut_weights
 
     for member, trainee in zip(ready.members, loop.trainees, strict=True):
         if member.init_from is not None:
             load_weights(trainee.model, member.init_from)
         if member.student.cut is not None:
-            from l4cli.training.student_cut import cut_weights
-
             assert ready.teacher is not None
             plan = _plan_cut(member, ready.teacher)
-            cut_weights(trainee.model, ready.teacher.checkpoint, plan)
+            cut_weights(trainee.model, ParameterReader(ready.teacher.checkpoint), plan)
             for line in plan.report():
                 terminal.say(f"`{member.student.name}`: {line}")

@@ -12,6 +12,7 @@ more keeps its random start.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -102,6 +103,21 @@ def plan_cut(teacher: Llama4Config, student: Llama4Config, options: CutOptions) 
         _check_layers(teacher.text, student.text, layers)
     _check_feed_forwards(teacher.text, student.text, layers)
     return CutPlan(teacher, student, layers, options.experts)
+
+
+def with_layers(teacher: Llama4Config, layers: Sequence[int]) -> Llama4Config:
+    """The teacher's shape with some of its layers alone, each of the kind it is."""
+    text = teacher.text
+    return dataclasses.replace(
+        teacher,
+        text=dataclasses.replace(
+            text,
+            num_hidden_layers=len(layers),
+            no_rope_layers=[int(text.uses_rope(layer)) for layer in layers],
+            moe_layers=[i for i, layer in enumerate(layers) if text.is_moe(layer)],
+            layer_types=[text.layer_types[layer] for layer in layers] if text.layer_types else None,
+        ),
+    )
 
 
 def _refuse(why: str, fix: str) -> UsageError:
