@@ -335,7 +335,15 @@ class Request:
             )
 
     def _check_writing(self) -> None:
-        given = {"--student": self.student, "--codistill": self.codistill}
+        given = {
+            "--student": self.student,
+            "--codistill": self.codistill,
+            "--steps": self.steps,
+            "--tokens": self.tokens,
+            "--epochs": self.epochs,
+            "--eval-data": self.eval_data,
+            "--out": self.out,
+        }
         for name, value in given.items():
             if value:
                 why = "`--write-cache` trains nothing"

@@ -1,0 +1,73 @@
+#!/bin/sh
+# The proof of distillation on two cores: a small MoE teacher learns the standard library's sources
+# and documentation of this machine's Python, then two students, a smaller MoE and a dense one, learn
+# from it in several ways at equal tokens, the main three with three seeds. Half an hour; --quick:
+# one seed and a tenth of the steps, to see that it runs. Writes runs/distill/: table.md, moe.png,
+# dense.png, weights.png, summary.json.
+# usage: sh examples/distill.sh [--quick]
+set -eu
+cd "$(dirname "$0")/.."
+work=runs/distill
+seeds="0 1 2" teacher_steps=1200 steps=400
+while [ $# -gt 0 ]; do
+    case $1 in
+    --quick) seeds=0 teacher_steps=100 steps=40 ;;
+    *) echo "error: unknown option \`$1\`" >&2 && exit 2 ;;
+    esac
+    shift
+done
+
+PATH="$PATH:$PWD/.quickstart/bin"
+command -v l4 >/dev/null || {
+    echo "error: no \`l4\` on the PATH" >&2
+    echo "why: neither it nor the quickstart's environment is installed" >&2
+    echo "fix: pip install ." >&2
+    exit 1
+}
+python=$(dirname "$(command -v l4)")/python
+rm -rf "$work"
+mkdir -p "$work"
+started=$(date +%s)
+say() { printf '\n# [%s s] %s\n' "$(($(date +%s) - started))" "$*"; }
+run() {
+    printf '$ %s\n' "$*"
+    "$@"
+}
+
+say "real text: this machine's Python library and its help topics, some files held out"
+run "$python" examples/quickstart/corpus.py "$work/text"
+run l4 train-tokenizer "$work/text/train" --vocab-size 2048 -q -o "$work/tokenizer"
+for part in train held-out; do
+    echo "\$ l4 tokenize $work/text/$part --tokenizer $work/tokenizer | l4 pack --seq-len 256 -o $work/$part"
+    l4 tokenize "$work/text/$part" --tokenizer "$work/tokenizer" -q |
+        l4 pack --seq-len 256 -q -o "$work/$part"
+done
+
+say "the teacher: four layers, eight experts"
+shape="vision_config=null,attention_chunk_size=128"
+run l4 pretrain "$work/train" --preset nano --set vision_config=null --set attention_chunk_size=128 \
+    --set hidden_size=192 --set intermediate_size=384 --set intermediate_size_mlp=768 \
+    --set num_attention_heads=6 --set num_local_experts=8 --steps "$teacher_steps" --batch-size 16 \
+    --lr 4e-3 --decay-frac 0.4 --decay-shape linear --dtype bf16 --eval-data "$work/held-out" \
+    --eval-every 0 --log-every 100 -o "$work/teacher"
+
+# A third of the teacher's width: a smaller MoE, and one without experts.
+small="preset:nano,$shape,hidden_size=64,intermediate_size=128,intermediate_size_mlp=256"
+small="$small,num_attention_heads=2,num_key_value_heads=1"
+way() { # STUDENT WAY
+    case $2 in
+    hard) loss=loss=hard ;;
+    hard-teacher) loss=loss=hard,hard_targets=teacher ;;
+    soft) loss=alpha=0.9 ;;
+    schedule) loss=alpha=0.1..0.9 ;;
+    dynamic) loss=alpha=token ;;
+    esac
+    [ "$1" = moe ] && own= || own=moe_layers=[],
+    echo "--student $small,${own}name=$1-$2,$loss"
+}
+distill() { # SEED OUT STUDENTS...
+    seed=$1 out=$2
+    shift 2
+    l4 distill "$work/train" --teacher "$work/teacher/latest" "$@" --batch-size 8 --lr 4e-3 \
+        --decay-frac 0.4 --decay-shape linear --dtype bf16 --seed "$seed" -o "$out"
+}
