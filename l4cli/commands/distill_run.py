@@ -331,7 +331,7 @@ def _identity(request: Request, ready: Ready) -> dict[str, Any]:
     teacher = None if ready.teacher is None else ready.teacher.fingerprint
     of_all: dict[str, Any] = {
         "teacher": teacher,
-        "teacher_cache": None if ready.cache is None else ready.cache.digest,
+        "teacher_cache": None if ready.cache is None else ready.cache.identity,
         "codistill": request.codistill,
     }
     single = not ready.names

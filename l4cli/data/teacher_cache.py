@@ -89,6 +89,13 @@ class TeacherCache:
             order.append(dataset)
         return CachedRows(self, order)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its numbers follow from, wherever it lies and however its parts are cut."""
+        names = ("num_exact", "num_drawn", "temperature", "seed")
+        fingerprint = self.index["teacher"]["fingerprint"]
+        return {"teacher": fingerprint, **{name: self.index[name] for name in names}}
+
     def describe(self) -> dict[str, Any]:
         """What people and tools want to know about it."""
         parts = [facts for dataset in self.datasets for facts in dataset["parts"]]

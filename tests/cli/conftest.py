@@ -12,6 +12,8 @@ from tiny_pretrain import (
     pack_shards,
 )
 
+from l4cli.cli import main
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,3 +33,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pack_shards(folder, "pictures", "pictures.jsonl", "--preset", "nano")
     return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows the lines of `text/` a little."""
+    out = tmp_path_factory.mktemp("teacher") / "big"
+    config = {**TINY, "hidden_size": 64, "num_attention_heads": 4}
+    (out.parent / "big.json").write_text(json.dumps(config))
+    shape = ["--config", str(out.parent / "big.json"), "--steps", "40", "--batch-size", "8"]
+    assert main(["pretrain", str(data / "text"), *shape, "--lr", "0.01", "-o", str(out), "-q"]) == 0
+    return out / "latest"

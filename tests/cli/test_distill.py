@@ -7,22 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_pretrain import TINY, metrics_of, only_error, weights_of
+from tiny_pretrain import metrics_of, only_error, weights_of
 
 from l4cli.cli import main
-
-SMALL = "lr=0.01,num_hidden_layers=2,no_rope_layer_interval=2"
-
-
-@pytest.fixture(scope="session")
-def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that knows the lines of `text/` a little."""
-    out = tmp_path_factory.mktemp("teacher") / "big"
-    config = {**TINY, "hidden_size": 64, "num_attention_heads": 4}
-    (out.parent / "big.json").write_text(json.dumps(config))
-    shape = ["--config", str(out.parent / "big.json"), "--steps", "40", "--batch-size", "8"]
-    assert main(["pretrain", str(data / "text"), *shape, "--lr", "0.01", "-o", str(out), "-q"]) == 0
-    return out / "latest"
 
 
 def distill(data: Path, out: Path, *more: str) -> int:
