@@ -71,3 +71,30 @@ distill() { # SEED OUT STUDENTS...
     l4 distill "$work/train" --teacher "$work/teacher/latest" "$@" --batch-size 8 --lr 4e-3 \
         --decay-frac 0.4 --decay-shape linear --dtype bf16 --seed "$seed" -o "$out"
 }
+
+say "what two students cost: each alone with the teacher, then both in one run"
+for students in moe dense "moe dense"; do
+    [ "$students" = "moe dense" ] && name=both || name=$students
+    words=
+    for student in $students; do
+        words="$words $(way "$student" soft | sed "s/name=$student-soft/name=$student/")"
+    done
+    distill 0 "$work/cost/$name" $words --steps 60 --log-every 10 --save-every 0 -q
+done
+
+for seed in $seeds; do
+    [ "$seed" = 0 ] && ways="hard hard-teacher soft schedule dynamic" || ways="hard soft dynamic"
+    say "seed $seed, both students: $ways; the teacher runs once for all of them"
+    words=
+    for student in moe dense; do
+        for each in $ways; do
+            words="$words $(way $student "$each")"
+        done
+    done
+    distill "$seed" "$work/seed-$seed" $words --steps "$steps" --eval-data "$work/held-out" \
+        --eval-every $((steps / 5)) --log-every $((steps / 20)) --save-every 0
+done
+
+say "the table"
+"$python" examples/distill/report.py "$work"
+say "figures in $work/summary.json, curves in $work/moe.png, $work/dense.png and $work/weights.png"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from l4cli import terminal
 
 if TYPE_CHECKING:
-    from l4cli.commands.distill import Request
+    from l4cli.commands.distill_request import Request
 
 
 def write(request: Request) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from l4cli.checkpoint import RunFolder
-    from l4cli.commands.distill import Request
+    from l4cli.commands.distill_request import Request
     from l4cli.data.loader import ShardSource
     from l4cli.data.teacher_cache import TeacherCache
     from l4cli.model import Llama4Config

@@ -1,0 +1,237 @@
+"""What `l4 distill` was asked, and what cannot be meant.
+
+in: words of the command line; out: a checked `Request` (no torch)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from l4cli.commands import shard_training as shared
+from l4cli.commands import training_options as train
+from l4cli.commands.distill_students import (
+    Cut,
+    Defaults,
+    Student,
+    parse_alpha,
+    parse_students,
+    parse_teacher,
+)
+from l4cli.commands.options import LENGTHS, Device, parse_number
+from l4cli.errors import UsageError
+
+
+class LossKind(StrEnum):
+    """Which targets a student learns from."""
+
+    hard = "hard"
+    soft = "soft"
+    hybrid = "hybrid"
+
+
+class HardTargets(StrEnum):
+    """What the hard target of a token is."""
+
+    data = "data"
+    teacher = "teacher"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line said; the fields are the parameters of `distill`."""
+
+    shards: list[str]
+    teacher: str | None
+    student: list[str] | None
+    out: Path | None
+    init_from_teacher: bool
+    codistill: bool
+    burn_in: float
+    write_cache: Path | None
+    teacher_cache: Path | None
+    top_k: int
+    tail_samples: int
+    loss: LossKind
+    alpha: str | None
+    scaling_factor: float | None
+    temperature: float
+    hard_targets: HardTargets
+    match_weight: float
+    steps: int | None
+    tokens: str | None
+    epochs: float | None
+    seq_len: str | None
+    batch_size: int
+    micro_batch_size: int | None
+    lr: float | None
+    min_lr: float
+    warmup: int | None
+    schedule: train.ScheduleKind
+    decay_frac: float
+    decay_shape: train.DecayShape
+    weight_decay: float
+    clip_grad: float
+    optim: train.Optim
+    dtype: train.Dtype
+    balance: train.BalanceKind
+    balance_rate: float
+    activation_checkpointing: bool
+    save_every: int | None
+    keep: int
+    eval_every: int | None
+    eval_data: Path | None
+    log_every: int
+    seed: int
+    device: Device
+    fresh: bool
+    dry_run: bool
+    json: bool
+    quiet: bool
+
+    @property
+    def row_tokens(self) -> int | None:
+        if self.seq_len is None:
+            return None
+        return parse_number(self.seq_len, "--seq-len", "4k", LENGTHS)
+
+    @property
+    def length(self) -> train.Length:
+        return train.Length(self.steps, self.tokens, self.epochs)
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / "distill"
+
+    @property
+    def students(self) -> list[Student]:
+        """Every `--student`, read."""
+        defaults = Defaults(
+            loss=self.loss.value,
+            alpha=self.alpha,
+            factor=self.scaling_factor,
+            temperature=self.temperature,
+            hard_targets=self.hard_targets.value,
+            match_weight=self.match_weight,
+            burn_in=self.burn_in,
+            cut=Cut() if self.init_from_teacher else None,
+        )
+        return parse_students(self.student or [], defaults)
+
+    @property
+    def new_teacher(self) -> Student | None:
+        """The teacher's shape and options where it is in training, too."""
+        return parse_teacher(self.teacher) if self.codistill and self.teacher else None
+
+    def rate_of(self, student: Student) -> train.LearningRate:
+        """The options of a student's learning rate."""
+        own = student.training
+        return train.LearningRate(
+            own.get("lr", self.lr),
+            own.get("min_lr", self.min_lr),
+            own.get("warmup", self.warmup),
+            own.get("schedule", self.schedule),
+            own.get("decay_frac", self.decay_frac),
+            self.decay_shape,
+        )
+
+    def recipe_of(self, student: Student) -> shared.Recipe:
+        """How a student is trained."""
+        own = student.training
+        return shared.Recipe(
+            optim=own.get("optim", self.optim).value,
+            dtype=self.dtype.value,
+            weight_decay=own.get("weight_decay", self.weight_decay),
+            clip_grad=self.clip_grad,
+            balance=own.get("balance", self.balance).value,
+            balance_rate=self.balance_rate,
+            activation_checkpointing=self.activation_checkpointing,
+            seed=self.seed,
+            save_every=self.save_every,
+            keep=self.keep,
+            eval_every=self.eval_every,
+            log_every=self.log_every,
+        )
+
+    def check(self) -> None:
+        """Refuse what needs no look at any file."""
+        train.require_one_rank()
+        self.length.check()
+        if not 0 < self.temperature < float("inf"):
+            why = "logits are divided by it"
+            raise UsageError(
+                f"cannot use `--temperature {self.temperature:g}`", why=why, fix="`--temperature 2`"
+            )
+        if self.scaling_factor is not None and not 0 < self.scaling_factor < float("inf"):
+            raise UsageError(
+                f"cannot use `--scaling-factor {self.scaling_factor:g}`",
+                why="soft targets count times this",
+                fix="`--scaling-factor 1`, or `--loss hard` without soft targets",
+            )
+        if self.alpha is not None:
+            parse_alpha(self.alpha)
+        self._check_teacher()
+        if self.write_cache is not None:
+            self._check_writing()
+            return
+        students = self.students
+        if not students:
+            why = "nothing would be trained"
+            fix = "add `--student preset:nano`, or `--write-cache CACHE`"
+            raise UsageError("no student given", why=why, fix=fix)
+        for student in students:
+            self.rate_of(student).check()
+            self._check_needs(student)
+
+    def _check_teacher(self) -> None:
+        """One source of targets, and what it can be combined with."""
+        if self.teacher is not None and self.teacher_cache is not None:
+            why = "both say what the teacher predicts"
+            raise UsageError(
+                "`--teacher` and `--teacher-cache` given", why=why, fix="give one of them"
+            )
+        if self.codistill and self.teacher is None:
+            why = "`--codistill` trains a teacher"
+            raise UsageError("no teacher given", why=why, fix="add `--teacher preset:mini`")
+        if self.burn_in and not self.codistill:
+            why = "a teacher that is not in training has nothing to learn first"
+            raise UsageError(
+                f"cannot use `--burn-in {self.burn_in:g}`", why=why, fix="leave it out"
+            )
+
+    def _check_writing(self) -> None:
+        given = {
+            "--student": self.student,
+            "--codistill": self.codistill,
+            "--steps": self.steps,
+            "--tokens": self.tokens,
+            "--epochs": self.epochs,
+            "--eval-data": self.eval_data,
+            "--out": self.out,
+        }
+        for name, value in given.items():
+            if value:
+                why = "`--write-cache` trains nothing"
+                fix = "write the cache first, then train from it with `--teacher-cache`"
+                raise UsageError(f"`{name}` and `--write-cache` given", why=why, fix=fix)
+        if self.teacher is None:
+            why = "a cache holds what a teacher predicts"
+            raise UsageError("no teacher given", why=why, fix="add `--teacher CHECKPOINT`")
+
+    def _check_needs(self, student: Student) -> None:
+        """Refuse a student that needs more of a teacher than there is."""
+        has_model = self.teacher is not None
+        what = f"the student `{student.name}` cannot be trained like this"
+        if student.cut is not None and (not has_model or self.codistill):
+            why = "its first weights are to be cut from a teacher that is trained already"
+            raise UsageError(what, why=why, fix="add `--teacher CHECKPOINT`")
+        if student.loss.match_weight and not has_model:
+            why = (
+                "hidden states are matched with those of a teacher that runs, and a cache has none"
+            )
+            raise UsageError(what, why=why, fix="add `--teacher CHECKPOINT`")
+        if student.loss.needs_teacher and not has_model and self.teacher_cache is None:
+            why = "it learns from a teacher's predictions, and no teacher is given"
+            fix = "add `--teacher CHECKPOINT` or `--teacher-cache CACHE`, or use `--loss hard`"
+            raise UsageError(what, why=why, fix=fix)
