@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def write(request: Request) -> None:
     """Write the rows that are not in the cache yet; say where it is."""
     from l4cli.commands import shard_training as shared
-    from l4cli.commands.distill_run import load_teacher, prepare_teacher
+    from l4cli.commands.distill_teacher import load_teacher, prepare_teacher
     from l4cli.data.teacher_cache import TeacherCache
     from l4cli.data.teacher_cache_writer import CacheOptions, TeacherCacheWriter
     from l4cli.training import data_setup

@@ -14,6 +14,12 @@ from l4cli import terminal
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_report as report
 from l4cli.commands.distill_students import TEACHER, Student
+from l4cli.commands.distill_teacher import (
+    Teacher,
+    load_teacher,
+    prepare_teacher,
+    shape_from_teacher,
+)
 from l4cli.errors import L4Error, UsageError
 
 if TYPE_CHECKING:
@@ -29,8 +35,6 @@ if TYPE_CHECKING:
     from l4cli.training.loop import Loop
 
 COMMAND = "distill"
-_DEPTH = "num_hidden_layers="
-_DTYPES = {"fp32": "fp32", "bf16": "bf16", "fp8": "bf16"}  # what the teacher computes in
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,6 @@ class Member:
     @property
     def config(self) -> Llama4Config:
         return self.prepared.config
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A teacher that only predicts."""
-
-    checkpoint: Path
-    config: Llama4Config
-    fingerprint: str
-    dtype: str
-    num_bytes: int
-    flops_per_token: float
 
 
 @dataclass(frozen=True)
@@ -176,28 +168,8 @@ def _shape(student: Student, teacher: Llama4Config | None) -> Llama4Config:
         config = model_setup.base_config(student.preset, student.file, student.checkpoint)
     else:
         assert teacher is not None
-        config = _teachers_shape(student, teacher)
+        config = shape_from_teacher(student, teacher)
     return model_setup.apply_overrides(config, student.overrides)
-
-
-def _teachers_shape(student: Student, teacher: Llama4Config) -> Llama4Config:
-    """The teacher's config, which names every layer's kind, with as many layers as are kept."""
-    from l4cli.training.cut_plan import with_layers
-
-    depth = teacher.text.num_hidden_layers
-    layers = student.cut.layers if student.cut else None
-    if layers is None:
-        wanted = [w.partition("=")[2] for w in student.overrides if w.startswith(_DEPTH)]
-        count = int(wanted[-1]) if wanted and wanted[-1].isdigit() else depth
-        # Its last layers: a pattern of layers without positions ends with one of them.
-        layers = tuple(range(depth))[-count:] if 0 < count < depth else tuple(range(depth))
-    if not all(0 <= layer < depth for layer in layers):
-        raise UsageError(
-            f"cannot keep the layers {list(layers)} of the teacher",
-            why=f"it has {depth}",
-            fix=f"name layers from 0 to {depth - 1}, as in `layers=0+{depth - 1}`",
-        )
-    return with_layers(teacher, layers)
 
 
 def _passes_at_once(
@@ -220,43 +192,6 @@ def _open_cache(request: Request) -> TeacherCache | None:
             fix=f"`--temperature {cache.temperature:g}`, or write another cache",
         )
     return cache
-
-
-def prepare_teacher(checkpoint: Path, dtype: str, source: ShardSource) -> Teacher:
-    """A teacher that fits the shards. raises: L4Error"""
-    from l4cli.checkpoint import load_config, resolve_checkpoint
-    from l4cli.planning import flops_per_token, inference_bytes
-    from l4cli.training import continuation, data_setup, model_setup
-
-    config = load_config(checkpoint)
-    model_setup.require_same_tokenizer(checkpoint, source.tokenizer())
-    data_setup.require_geometry(config, source.datasets)
-    data_setup.require_context(config, source.seq_len)
-    computed = _DTYPES[dtype]
-    mean_length = source.num_tokens / max(1, _num_documents(source))
-    return Teacher(
-        checkpoint,
-        config,
-        continuation.fingerprint(resolve_checkpoint(checkpoint)),
-        computed,
-        inference_bytes(config, computed, 0)["weights"],
-        flops_per_token(config, source.seq_len, mean_length) / 3,  # forward alone
-    )
-
-
-def _num_documents(source: ShardSource) -> int:
-    return sum(int(shards.index["num_documents"]) for shards in source.datasets)
-
-
-def load_teacher(teacher: Teacher, device: torch.device) -> Any:
-    """The teacher's model, for predictions alone."""
-    import torch
-
-    from l4cli.checkpoint import load_model
-
-    dtype = torch.float32 if teacher.dtype == "fp32" else torch.bfloat16
-    model = load_model(teacher.checkpoint, device=device, dtype=dtype)
-    return model.requires_grad_(False)
 
 
 def _member(
