@@ -201,6 +201,9 @@ class Request:
             )
 
     def _check_writing(self) -> None:
+        if self.teacher is None:
+            why = "a cache holds what a teacher predicts"
+            raise UsageError("no teacher given", why=why, fix="add `--teacher CHECKPOINT`")
         given = {
             "--student": self.student,
             "--codistill": self.codistill,
@@ -215,9 +218,6 @@ class Request:
                 why = "`--write-cache` trains nothing"
                 fix = "write the cache first, then train from it with `--teacher-cache`"
                 raise UsageError(f"`{name}` and `--write-cache` given", why=why, fix=fix)
-        if self.teacher is None:
-            why = "a cache holds what a teacher predicts"
-            raise UsageError("no teacher given", why=why, fix="add `--teacher CHECKPOINT`")
 
     def _check_needs(self, student: Student) -> None:
         """Refuse a student that needs more of a teacher than there is."""
