@@ -120,11 +120,13 @@ class _TeacherRows:
 
 
 class _Workspace:
-    """Three buffers for one chunk's logits; fresh ones cost page faults on a CPU."""
+    """Buffers for one chunk's logits; fresh ones cost page faults on a CPU."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        size = num_rows * vocab_size
-        self._flat = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(3)]
+    def __init__(self, num_buffers: int, size: int, device: torch.device) -> None:
+        # Each a tensor of its own: equally aligned, products give teacher and student equal bits.
+        self._flat = [
+            torch.empty(size, dtype=torch.float32, device=device) for _ in range(num_buffers)
+        ]
 
     def view(self, index: int, num_rows: int, num_columns: int) -> Tensor:
         return self._flat[index][: num_rows * num_columns].view(num_rows, num_columns)
@@ -151,7 +153,10 @@ class _LinearDistillation(torch.autograd.Function):
         dh_MD = torch.empty_like(h_MD) if needs_grad else None
         dweight_VD = torch.zeros_like(weight_VD) if needs_grad else None
         sums = torch.zeros(1 + _NUM_FIGURES, dtype=torch.float32, device=h_MD.device)
-        work = _Workspace(min(chunk, len(h_MD)), len(weight_VD), h_MD.device)
+        # The student's logits, its softmax where the teacher's logits were, the teacher's softmax.
+        num_buffers = 3 if isinstance(targets, FullTargets) else 2
+        size = min(chunk, len(h_MD)) * len(weight_VD)
+        work = _Workspace(num_buffers, size, h_MD.device)
         for start in range(0, len(h_MD), chunk):
             rows = slice(start, start + chunk)
             logits_MV = work.view(0, len(labels_M[rows]), len(weight_VD))
@@ -202,7 +207,6 @@ def _losses_and_gradient(
         hard_M1 = teacher.best_M1
     at_label_M1, at_hard_M1 = logits_MV.gather(-1, label_M1), logits_MV.gather(-1, hard_M1)
 
-    # The student's softmax at tau goes where the teacher's logits were.
     p_MV = work.view(1, *logits_MV.shape)
     log_sum_M1 = log_sum_tau_M1 = _softmax_into(p_MV, logits_MV, tau)
     if tau != 1:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from l4cli.ops.batch import SparseTargets
-from l4cli.ops.cross_entropy import linear_cross_entropy
+from l4cli.ops.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from l4cli.ops.distillation import (
     LINEAR_DISTILLATION,
     FullTargets,
@@ -127,6 +131,13 @@ def test_full_targets(mixing: Mixing) -> None:
 @pytest.mark.parametrize("mixing", MIXINGS, ids=str)
 def test_sparse_targets(mixing: Mixing) -> None:
     assert_like_fp64(sparse(mixing.temperature), mixing, chunk=7)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_rounded_weights_keep_gradient_and_loss_together(tau: float) -> None:
+    targets = sparse(tau)
+    targets = replace(targets, weights_MK=(targets.weights_MK * 50).round() / 50)
+    assert_like_fp64(targets, Mixing(alpha=0.6, temperature=tau), chunk=7)
 
 
 @pytest.mark.parametrize("vocab_size", [19, 21, 40])
@@ -287,20 +298,78 @@ def test_no_token_is_no_loss_and_no_gradient(kind: str, tau: float) -> None:
 
 
 def test_the_share_follows_who_is_ahead() -> None:
-    h, weight, labels, weights = student()
-    sharp = 40 * torch.eye(V)
-    knows, errs = sharp[labels], sharp[(labels + 1) % V]
+    _, _, labels, weights = student()
+    heads = torch.eye(V)
+    knows, errs = 40 * heads[labels], 40 * heads[(labels + 1) % V]
     mixing = Mixing(alpha=0.9, gap_scale=1.0)
-    total = float(weights.sum())
-    ahead = linear_distillation(
-        h, 5 * weight, labels, weights, FullTargets(knows, torch.eye(V)), mixing
+    total = weights.sum().item()
+    ahead = linear_distillation(errs, heads, labels, weights, FullTargets(knows, heads), mixing)
+    behind = linear_distillation(knows, heads, labels, weights, FullTargets(errs, heads), mixing)
+    assert ahead.soft_weight.item() == pytest.approx(0.9 * total, rel=1e-6)
+    assert behind.soft_weight.item() < 1e-15 * total
+    assert behind.loss.item() == pytest.approx(behind.data_loss.item(), abs=1e-6)
+
+
+def sparse_result(targets: SparseTargets, mixing: Mixing) -> list[Tensor]:
+    h, weight, labels, weights = student()
+    h.requires_grad_()
+    weight.requires_grad_()
+    got = linear_distillation(h, weight, labels, weights, targets, mixing)
+    got.loss.backward()
+    return [*(getattr(got, name).detach() for name in ("loss", *FIGURES)), h.grad, weight.grad]
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_unused_columns_and_tokens_drawn_twice(tau: float) -> None:
+    targets, mixing = sparse(tau), Mixing(temperature=tau, hard_from_teacher=True)
+    want = sparse_result(targets, mixing)
+    ids, weights = targets.ids_MK, targets.weights_MK
+    unused = replace(
+        targets,
+        ids_MK=torch.cat([ids, torch.zeros(M, 2, dtype=torch.long)], -1),
+        weights_MK=torch.cat([weights, torch.zeros(M, 2)], -1),
     )
-    behind = linear_distillation(
-        h, weight / 9, labels, weights, FullTargets(errs, torch.eye(V)), mixing
+    twice = replace(
+        targets,
+        ids_MK=torch.cat([ids, ids[:, 4:]], -1),
+        weights_MK=torch.cat([weights[:, :4], weights[:, 4:] / 2, weights[:, 4:] / 2], -1),
     )
-    assert 0.75 * total < ahead.soft_weight.item() < 0.9 * total
-    assert behind.soft_weight.item() < 1e-9 * total
-    assert behind.loss.item() == pytest.approx(behind.data_loss.item(), rel=1e-6)
+    for other in (unused, twice):
+        for got, same in zip(sparse_result(other, mixing), want, strict=True):
+            assert_near(got, same, 2e-6)
+
+
+class Logits(TorchDispatchMode):
+    """Watches every operation for new storages that could hold a chunk of logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.kept: list[Tensor] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes() >= 2 * CHUNK_ELEMENTS:
+                self.sizes[leaf.data_ptr()] = leaf.untyped_storage().nbytes()
+                self.kept.append(leaf)
+        return out
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["full", "sparse"])
+def test_few_chunks_of_logits_whatever_the_number_of_tokens(kind: str, tau: float) -> None:
+    num_tokens, vocab_size = 200, 2**15  # four chunks, the last one shorter
+    h, weight = normal(num_tokens, 4).requires_grad_(), normal(vocab_size, 4).requires_grad_()
+    labels, ones = torch.arange(num_tokens), torch.ones(num_tokens)
+    targets: FullTargets | SparseTargets = FullTargets(normal(num_tokens, 4), normal(vocab_size, 4))
+    if kind == "sparse":
+        targets = SparseTargets(labels[:, None], ones[:, None], 0 * ones, 1, tau)
+    with Logits() as logits:
+        mixing = Mixing(temperature=tau, gap_scale=1.0)
+        linear_distillation(h, weight, labels, ones, targets, mixing).loss.backward()
+    assert len(logits.sizes) == (3 if kind == "full" else 2)
+    assert max(logits.sizes.values()) <= 4 * CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])
