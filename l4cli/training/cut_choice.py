@@ -1,4 +1,4 @@
-"""Which channels, heads, neurons and experts of a teacher matter most, from its weights alone.
+"""Which heads, neurons and experts of a teacher matter most, from its weights alone.
 
 in: weights, fp32, and the norm weights that scale what they read; out: indices, rising
 source: magnitude of what a part can write, as for width in Minitron, arXiv 2407.14679, but of
@@ -8,7 +8,6 @@ arXiv 2310.01334
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,29 +18,6 @@ def strongest(strength: Tensor, count: int) -> Tensor:
     """The indices of the largest values, rising; of equal ones the first."""
     order = strength.argsort(descending=True, stable=True)
     return order[:count].sort().values
-
-
-def channel_energy(weight_XD: Tensor) -> Tensor:
-    """The mean square of each column. shapes: -> fp32 [D]"""
-    norm_D = torch.linalg.vector_norm(weight_XD, dim=0, dtype=torch.float32)
-    return norm_D.square() / weight_XD.shape[0]
-
-
-def channel_importance(written_D: Tensor, read_D: Tensor) -> Tensor:
-    """Shares of what the embedding writes and of what the head reads, added."""
-    return written_D / written_D.sum() + read_D / read_D.sum()
-
-
-def norm_scale(energy_D: Tensor, channels: Tensor) -> float:
-    """What the weights of RMS norms are multiplied with when channels go.
-
-    The mean square that they divide by is over fewer channels, and of other ones. Channels that
-    were zero took sqrt(kept / all) of every output; as many average ones took nothing.
-    """
-    if len(channels) == len(energy_D):
-        return 1.0
-    share = (energy_D[channels].sum() / energy_D.sum()).item()
-    return math.sqrt(share * len(energy_D) / len(channels))
 
 
 @dataclass(frozen=True)

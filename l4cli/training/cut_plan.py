@@ -194,8 +194,9 @@ def _check_feed_forwards(teacher: TextConfig, student: TextConfig, layers: tuple
             _require_smaller(teacher, student, "intermediate_size_mlp")
 
 
-# No experts from a dense layer, ends at the ends, positions or none as the teacher's layer, experts
-# or none alike, near to an even spread: each matters more than all that follow.
+# No experts from a dense layer; positions or none as the teacher's layer; ends at the ends; experts
+# or none alike; near to an even spread: each matters more than all that follow. (Held-out loss of
+# two layers with positions, of eight: 2.65 from 0 and 5, 2.84 from 0 and 7, which has none.)
 _Cost = tuple[int, int, int, int, float]
 
 
@@ -224,8 +225,8 @@ def _layer_cost(teacher: TextConfig, student: TextConfig, i: int, source: int) -
     has_no_experts = student.is_moe(i) and not teacher.is_moe(source)
     return (
         int(has_no_experts),
-        int(is_end and source != even),
         int(student.uses_rope(i) != teacher.uses_rope(source)),
+        int(is_end and source != even),
         int(student.is_moe(i) != teacher.is_moe(source)),
         (source - even) ** 2,
     )
@@ -236,12 +237,13 @@ def _sum(a: _Cost, b: _Cost) -> _Cost:
 
 
 def _width_lines(teacher: TextConfig, student: TextConfig) -> list[str]:
-    lines = _cut_line("width", teacher, student, "hidden_size")
-    ours = (student.num_attention_heads, student.num_key_value_heads)
-    theirs = (teacher.num_attention_heads, teacher.num_key_value_heads)
-    if ours != theirs:
-        line = f"heads {ours[0]} of {theirs[0]}, key/value heads {ours[1]} of {theirs[1]}"
-        lines.append(line + " by importance")
+    ours, theirs = student.hidden_size, teacher.hidden_size
+    lines = [f"width {ours} of {theirs}: the principal directions"] * (ours != theirs)
+    ours, theirs = student.num_attention_heads, teacher.num_attention_heads
+    ours_kv, theirs_kv = student.num_key_value_heads, teacher.num_key_value_heads
+    if (ours, ours_kv) != (theirs, theirs_kv):
+        line = f"heads {ours} of {theirs}, key/value heads {ours_kv} of {theirs_kv} by importance"
+        lines.append(line)
     return lines
 
 

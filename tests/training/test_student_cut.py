@@ -14,9 +14,11 @@ from l4cli.checkpoint import plan_quantization, quantize_checkpoint, save_model
 from l4cli.checkpoint.parameters import ParameterReader
 from l4cli.errors import UsageError
 from l4cli.model import Llama4Config, TextConfig, VisionConfig, build_model
+from l4cli.ops.batch import Batch
 from l4cli.quantization import RoundingQuantizer, WeightFormat
 from l4cli.training.cut_choice import Neurons, choose_heads, group_experts, strongest
 from l4cli.training.cut_plan import CutOptions, plan_cut
+from l4cli.training.residual_basis import principal_basis, state_moments
 from l4cli.training.student_cut import ModelWeights, cut_weights
 
 IDS = torch.randint(3, 64, (2, 21), generator=torch.Generator().manual_seed(7))
@@ -125,6 +127,62 @@ def test_channels_that_are_zero_leave_no_trace() -> None:
     assert_alike(student, teacher)
     pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(logits(student, pixels), logits(teacher, pixels), rtol=1e-4, atol=1e-6)
+
+
+def test_directions_that_no_state_has_leave_no_trace() -> None:
+    """States that lie in a plane askew to all channels: only the states themselves show it."""
+    teacher = teacher_of(config_of())
+    basis_DX = torch.linalg.qr(torch.randn(32, 20, generator=torch.Generator().manual_seed(2))).Q
+    within_DD = basis_DX @ basis_DX.T
+    with torch.no_grad():
+        for name, weight in teacher.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.copy_(within_DD @ weight)
+            elif name.endswith(("embed_tokens.weight", "experts.down_proj")):
+                weight.copy_(weight @ within_DD)
+    document_ids = torch.ones(IDS.shape, dtype=torch.int32)
+    document_ids[:, 17:] = 0
+    batch = dataclasses.replace(Batch.from_tokens(IDS, None, 8), document_ids=document_ids)
+    moments_DD = state_moments(teacher, [batch, batch])
+    assert moments_DD.trace().item() == pytest.approx(1)
+    assert torch.allclose(within_DD @ moments_DD, moments_DD, atol=1e-6)
+    narrow = config_of(hidden_size=20)
+    plan = plan_cut(teacher.config, narrow, CutOptions())
+    student = build_model(narrow, seed=5)
+    cut_weights(student, ModelWeights(teacher), plan, moments_DD)
+    assert_alike(student, teacher)
+    assert_alike(cut(teacher, narrow), teacher)  # the weights say it as well
+    cut_weights(student, ModelWeights(teacher), plan, torch.eye(32))
+    with pytest.raises(AssertionError):  # and no other plane will do
+        assert_alike(student, teacher)
+
+
+def test_moments_of_states_against_a_plain_loop() -> None:
+    teacher = teacher_of(config_of(num_hidden_layers=1))
+    document_ids = torch.ones(IDS.shape, dtype=torch.int32)
+    document_ids[1, 9:] = 0
+    batch = dataclasses.replace(Batch.from_tokens(IDS, None, 8), document_ids=document_ids)
+    states = []
+    with torch.no_grad():
+        h_BTD = teacher.embed(IDS)
+        shared = teacher.model.layer_input(h_BTD, batch)
+        layer = teacher.model.layers[0]
+        states.append(h_BTD)
+        h_BTD = h_BTD + layer.self_attn(layer.input_layernorm(h_BTD), shared)
+        states.append(h_BTD)
+        states.append(layer(states[0], shared))
+    total_DD, count = torch.zeros(32, 32), 0
+    for h_BTD in states:
+        for row, num_tokens in ((0, IDS.shape[1]), (1, 9)):
+            for t in range(num_tokens):
+                h_D = h_BTD[row, t] / h_BTD[row, t].norm()
+                total_DD += torch.outer(h_D, h_D)
+                count += 1
+    assert torch.allclose(state_moments(teacher, [batch]), total_DD / count, atol=1e-6)
+    basis_DX = principal_basis(total_DD, 3)
+    assert torch.allclose(basis_DX.T @ basis_DX, torch.eye(3), atol=1e-6)
+    kept = (basis_DX.T @ total_DD @ basis_DX).trace().item()
+    assert kept == pytest.approx(torch.linalg.eigvalsh(total_DD)[-3:].sum().item(), rel=1e-5)
 
 
 @torch.no_grad()
@@ -376,8 +434,8 @@ def test_layers_are_spread_evenly_and_keep_their_kinds() -> None:
     assert chosen({**all_rope, **deep}, {**all_rope, "num_hidden_layers": 2}) == (0, 9)
     # Layers without positions are 3, 7, 11, and the student's only one is its fourth of five.
     deep = {"num_hidden_layers": 12}
-    assert chosen({**dense, **deep}, {**dense, **shallow}) == (0, 2, 5, 7, 11)
-    # Layers with experts are the odd ones; ends and positions as before.
+    assert chosen({**dense, **deep}, {**dense, **shallow}) == (0, 2, 5, 7, 10)
+    # Layers with experts are the odd ones; positions as before, and now the ends are alike.
     assert chosen(deep, {"num_hidden_layers": 4}) == (0, 5, 8, 11)
     # From every second to every layer with experts: only from those that have some.
     assert chosen(deep, {"num_hidden_layers": 6, "interleave_moe_layer_step": 1}) == (
@@ -389,7 +447,7 @@ def test_the_report_says_what_is_cut() -> None:
     plan = plan_cut(config_of(tiny_vision()), config_of(**SMALL, vocab_size=80), CutOptions())
     assert plan.report() == [
         "layers 2 of 4: 0 <- 0, 1 <- 3",
-        "width 24 of 32 by importance",
+        "width 24 of 32: the principal directions",
         "heads 2 of 4, key/value heads 1 of 2 by importance",
         "experts 4 -> 2 merged",
         "expert width 12 of 16 by importance",
@@ -398,7 +456,7 @@ def test_the_report_says_what_is_cut() -> None:
         "vocabulary: 16 rows keep their random start",
     ]
     dense = config_of(moe_layers=[], intermediate_size_mlp=40, num_hidden_layers=2)
-    assert plan_cut(config_of(), dense, CutOptions()).report() == [
+    assert plan_cut(config_of(), dense, CutOptions(layers=(0, 3))).report() == [
         "layers 2 of 4: 0 <- 0, 1 <- 3",
         "dense width 40 of 48 by importance",
         "experts -> dense width 40: the shared expert, then their average, "
