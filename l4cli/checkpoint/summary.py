@@ -49,11 +49,19 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
 def describe_run(run: RunFolder) -> dict[str, Any]:
     """Describe the steps of a run folder."""
     latest = run.latest()
+    # Several models trained together, or the stages of one, have folders of their own.
+    below = [path for path in sorted(run.path.glob("*/")) if RunFolder(path).steps()]
+    parts = {
+        path.name: {"steps": RunFolder(path).steps(), "locked_by": RunFolder(path).owner()}
+        for path in below
+        if not path.is_symlink()
+    }
     return {
         "steps": run.steps(),
         # A folder of stages points into one of them.
         "latest": None if latest is None else latest.relative_to(run.path).as_posix(),
         "locked_by": run.owner(),
+        **({"parts": parts} if parts else {}),
     }
 
 
