@@ -9,6 +9,7 @@ arXiv 2310.01334
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -85,15 +86,15 @@ def group_experts(rows_ED: Tensor, num_groups: int) -> list[list[int]]:
     """
     num_experts = len(rows_ED)
     unit_ED = torch.nn.functional.normalize(rows_ED, dim=1)
-    likeness_EE = (unit_ED @ unit_ED.T).tolist()
+    likeness_EE: list[list[float]] = (unit_ED @ unit_ED.T).tolist()
     left = list(range(num_experts))
     groups = []
     for g in range(num_groups):
         size = len(left) // (num_groups - g)
         group: list[int] = []
         if size > 1:
-            pairs = [(a, b) for n, a in enumerate(left) for b in left[n + 1 :]]
-            group = list(max(pairs, key=lambda pair: likeness_EE[pair[0]][pair[1]]))
+            a, b = max(combinations(left, 2), key=lambda two: likeness_EE[two[0]][two[1]])
+            group = [a, b]
         while len(group) < size:
             others = [e for e in left if e not in group]
             group.append(max(others, key=lambda e: sum(likeness_EE[e][m] for m in group)))

@@ -7,6 +7,10 @@ Refused is what would not be the teacher's any more: heads of another size turn 
 and a student that is larger in anything has nothing to be cut from. A vocabulary may be larger
 (it is rounded up), and a dense layer may be wider than the experts it takes the place of: what is
 more keeps its random start.
+
+Experts are dropped unless merging is asked for: those of a teacher trained from scratch have
+nothing in common that an average would keep. (Held-out loss of four made two: 1.49 dropped, 1.53
+merged; made dense 1.53 and 1.54.)
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ class CutOptions:
     """What a user may choose of a cut."""
 
     layers: tuple[int, ...] | None = None  # of the teacher, one a layer of the student, rising
-    experts: str = MERGE  # how experts become fewer, or a dense layer
+    experts: str = DROP  # how experts become fewer, or a dense layer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ into the maps that read them, so that principal directions can be cut in place o
 
 Channels as they stand are about equally busy: of a trained model (8 layers, 128 channels, 1.44
 nats held out) 96 channels leave 1.96 nats and 64 leave 2.77, the best choice of them by states
-1.81 and 2.56; principal directions by weights 1.60 and 2.30, by states 1.50 and 1.77.
+1.81 and 2.56; principal directions by weights 1.60 and 2.32, by states 1.50 and 1.77. After 100
+more steps of 1k tokens, at 64: a random start 2.31, channels 1.73, directions by states 1.66.
 """
 
 from __future__ import annotations
