@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +17,14 @@ from l4cli.data.shards import ShardSet
 from l4cli.data.teacher_cache import TeacherCache
 from l4cli.data.teacher_cache_writer import CacheOptions, TeacherCacheWriter
 from l4cli.errors import L4Error
-from l4cli.model import TextConfig, build_model
+from l4cli.model import TextConfig, build_model, load_preset
 from l4cli.text import load_tokenizer
 from l4cli.training.data_setup import open_source
 from l4cli.training.teacher_writing import write_cache, write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from cache_samples import files_of, num_targets
-from shard_samples import make_shards, text_frame
+from shard_samples import make_shards, picture_frame, text_frame
 from tiny_training import tiny_config
 
 OPTIONS = CacheOptions("tiny", "f0", num_exact=6, num_drawn=5, temperature=1.5)
@@ -144,6 +147,53 @@ def test_killed_and_continued_it_is_the_same_byte_for_byte(
     assert files_of(folder) != files_of(cache.folder)
     written(folder, teacher, shards)
     assert files_of(folder) == files_of(cache.folder)
+
+
+def test_ctrl_c_keeps_whole_parts(tmp_path, cache, teacher, shards) -> None:
+    """A real signal in the middle of the sixth pass of eleven; the same call goes on afterwards."""
+    calls, hidden = [], teacher.hidden
+
+    def interrupted(batch):
+        calls.append(batch)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return hidden(batch)
+
+    teacher.hidden = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            written(tmp_path / "again", teacher, shards, num_workers=2)
+    finally:
+        del teacher.hidden
+    kept = TeacherCache.open(tmp_path / "again").describe()
+    assert 0 < kept["num_rows"] < shards.num_rows
+    assert len(calls) < -(-shards.num_rows // 4)
+    written(tmp_path / "again", teacher, shards)
+    assert files_of(tmp_path / "again") == files_of(cache.folder)
+
+
+def test_pictures(tmp_path) -> None:
+    """A teacher that sees: what is cached is what it says with the pictures before it."""
+    make_shards(tmp_path / "pictures", picture_frame(0, 20))
+    shards, tokenizer = ShardSet.open(tmp_path / "pictures"), load_tokenizer("bytes")
+    config = load_preset("nano")
+    config.text.vocab_size = tokenizer.vocab_size
+    vision = replace(config.vision, image_size=16, patch_size=4)
+    model = build_model(
+        replace(config, vision=vision, image_token_index=tokenizer.patch_id), seed=0
+    )
+    cache = written(tmp_path / "cache", model, shards, num_workers=2)
+    rows = cache.for_shards([shards])
+    num_pictures = 0
+    for i, batch in enumerate(eval_batches(shards, 1, config.text.attention_chunk_size)):
+        is_target_M = batch.loss_weight.flatten() != 0
+        with torch.no_grad():
+            logits_MV = model.lm_head(model.hidden(batch)).flatten(0, 1)[is_target_M]
+        found = rows.targets([(0, i)], batch)
+        wanted_MX = (logits_MV / 1.5).softmax(-1).gather(1, found.ids_MK[:, :6])
+        assert ((found.weights_MK[:, :6] / wanted_MX - 1).abs() < 3 / 512).all()
+        num_pictures += batch.pixel_values is not None
+    assert num_pictures > 3
 
 
 def test_two_ranks_read_what_one_reads(cache, shards) -> None:
