@@ -1,7 +1,8 @@
 """Explain any preset, file or folder the suite reads or writes.
 
 TARGET is `preset:NAME`, a checkpoint (ours or any Hugging Face Llama 4 folder), a run folder, a
-token stream (`-` for stdin), packed shards, a tokenizer, a `config.json` or a safetensors file.
+token stream (`-` for stdin), packed shards, a teacher's cache, a tokenizer, a `config.json` or a
+safetensors file.
 Of weights only headers are read.
 
 examples:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 _ACCEPTED = (
     "name `preset:NAME`, a checkpoint, a run folder, a `.tokens` stream, packed shards, "
-    "a tokenizer, a `config.json` or a `.safetensors` file"
+    "a teacher's cache, a tokenizer, a `config.json` or a `.safetensors` file"
 )
 _MAX_LISTED = 12  # of long lists, for people; `--json` has everything
 Facts = dict[str, Any]
@@ -120,7 +121,7 @@ def _recognise_folder(path: Path) -> tuple[str, Callable[[str, int], Facts]]:
     if "config.json" in names or any(name.endswith(".safetensors.index.json") for name in names):
         return "checkpoint", _explain_checkpoint
     if "index.json" in names:
-        return "shards", _explain_shards
+        return _recognise_index(path / "index.json")
     if "run.toml" in names or "latest" in names or any(n.startswith("step-") for n in names):
         return "run folder", _explain_run
     if names & {"tokenizer.json", "tokenizer.model"}:
@@ -133,6 +134,15 @@ def _recognise_folder(path: Path) -> tuple[str, Callable[[str, int], Facts]]:
     shown = ", ".join(f"`{name}`" for name in sorted(names)[:5])
     why = f"it holds {shown}" if names else "the folder is empty"
     raise L4Error(f"cannot explain `{path}`", why=why, fix=_ACCEPTED)
+
+
+def _recognise_index(path: Path) -> tuple[str, Callable[[str, int], Facts]]:
+    try:
+        index = json_format.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return "shards", _explain_shards  # its error says what is wrong
+    is_cache = isinstance(index, dict) and index.get("format") == "l4 teacher cache"
+    return ("teacher cache", _explain_cache) if is_cache else ("shards", _explain_shards)
 
 
 def _recognise_file(path: Path) -> tuple[str, Callable[[str, int], Facts]]:
@@ -149,7 +159,8 @@ def _recognise_file(path: Path) -> tuple[str, Callable[[str, int], Facts]]:
         if "model" in keys or path.name == "tokenizer.json":
             return "tokenizer", _explain_tokenizer
         if path.name == "index.json":
-            return "shards", lambda target, n: _explain_shards(str(Path(target).parent), n)
+            kind, explain = _recognise_index(path)
+            return kind, lambda target, n: explain(str(Path(target).parent), n)
     why = "its content is nothing the suite writes" if path.stat().st_size else "the file is empty"
     raise L4Error(f"cannot explain `{path}`", why=why, fix=_ACCEPTED)
 
@@ -283,6 +294,12 @@ def _explain_shards(target: str, samples: int) -> Facts:
     return facts
 
 
+def _explain_cache(target: str, samples: int) -> Facts:
+    from l4cli.data.teacher_cache import TeacherCache
+
+    return TeacherCache.open(target).describe()
+
+
 # Whether it is still what was written
 
 
@@ -293,6 +310,11 @@ def _verify(kind: str, target: str, facts: Facts) -> list[str] | None:
 
         path = Path(target)
         return ShardSet.open(path if path.is_dir() else path.parent).verify()
+    if kind == "teacher cache":
+        from l4cli.data.teacher_cache import TeacherCache
+
+        path = Path(target)
+        return TeacherCache.open(path if path.is_dir() else path.parent).verify()
     if kind == "stream":
         return [] if facts["is_complete"] else [facts["problem"]]
     if kind in ("checkpoint", "run folder"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from l4cli.data.geometry import PictureGeometry
 from l4cli.data.media import open_picture, tiles_of
 from l4cli.data.mixing import Mixture, parse_mixture, whole_weights
 from l4cli.data.shards import Row, ShardSet
+from l4cli.data.teacher_cache import TeacherCache
 from l4cli.errors import L4Error, UsageError
 from l4cli.ops.batch import Batch, Segments
 from l4cli.text import Tokenizer, num_tiles
@@ -124,11 +126,13 @@ class ShardSource:
         shuffle: bool = True,
         rank: int = 0,
         world: int = 1,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         _check_sizes(batch_size, micro_batch_size, world)
         parts = parse_mixture(specs)
         self.datasets = [ShardSet.open(part.path) for part in parts]
         _check_alike(self.datasets)
+        self._teacher = None if teacher_cache is None else teacher_cache.for_shards(self.datasets)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         # Passes that run at once share the rows of one micro-batch.
         self.passes_at_once = min(passes_at_once, micro_batch_size)
@@ -214,12 +218,16 @@ class ShardSource:
         batches = []
         size = -(-self.micro_batch_size // self.passes_at_once)
         for start in range(0, share, size):
-            rows, names = [], []
+            rows, names, places = [], [], []
             for dataset, epoch, place in mine[start : start + size]:
                 number = self._mixture.row(dataset, epoch, place)
                 rows.append(self.datasets[dataset].row(number))
                 names.append(f"row {number} of `{self.datasets[dataset].folder}`")
-            batches.append(self._maker.batch(rows, names))
+                places.append((dataset, number))
+            batch = self._maker.batch(rows, names)
+            if self._teacher is not None:
+                batch = replace(batch, teacher=self._teacher.targets(places, batch))
+            batches.append(batch)
         return batches, list(self._mixture.counts)
 
 

@@ -34,6 +34,7 @@ INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
 # A shard is held in memory until it is full.
 SHARD_BYTES = 128 << 20
+_METADATA = {"format": FORMAT, "version": str(VERSION)}
 _DTYPES = {"uint32": "U32", "int32": "I32", "int64": "I64", "uint8": "U8"}
 
 
@@ -135,7 +136,7 @@ class ShardWriter:
         name = f"shard-{len(self._shards):05d}.safetensors"
         num_tokens = sum(int(np.count_nonzero(part)) for part in tensors["document_ids"])
         with self._writing():
-            facts = self._write_file(name, _safetensors(tensors))
+            facts = self._write_file(name, safetensors_parts(tensors, _METADATA))
         self._shards.append(
             {
                 "file": name,
@@ -223,12 +224,14 @@ def _tensors_of(held: Sequence[Rows], seq_len: int) -> dict[str, list[np.ndarray
     return tensors
 
 
-def _safetensors(tensors: Mapping[str, Sequence[np.ndarray]]) -> Iterator[bytes | memoryview]:
+def safetensors_parts(
+    tensors: Mapping[str, Sequence[np.ndarray]], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, without a copy of the tensors in one piece.
 
     Wide elements come first, so that everything is aligned.
     """
-    fields: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
     offset = 0
     for name in order:

@@ -11,6 +11,7 @@ from pathlib import Path
 from l4cli.data.loader import ShardSource
 from l4cli.data.mixing import parse_mixture
 from l4cli.data.shards import ShardSet
+from l4cli.data.teacher_cache import TeacherCache
 from l4cli.errors import UsageError
 from l4cli.model import Llama4Config
 
@@ -26,6 +27,7 @@ def open_source(
     seed: int,
     attention_chunk_size: int | None,
     passes_at_once: int = 1,
+    teacher_cache: TeacherCache | None = None,
 ) -> ShardSource:
     """Open training data. `seq_len` is a check: rows have the length they were packed with."""
     packed_len = ShardSet.open(parse_mixture(specs)[0].path).seq_len
@@ -40,6 +42,7 @@ def open_source(
         seed=seed,
         attention_chunk_size=attention_chunk_size,
         passes_at_once=passes_at_once,
+        teacher_cache=teacher_cache,
     )
 
 

@@ -22,6 +22,7 @@ from l4cli.model import TextConfig, build_model, load_preset
 from l4cli.text import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from cache_samples import make_cache
 from shard_samples import drawn, make_shards, picture_frame, text_frame, write_stream
 
 
@@ -258,6 +259,37 @@ def test_shards_and_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = text_of(capsys, tmp_path / "shards", "--samples", "2")
     assert "--- row 0, document 1, " in text
     assert facts_of(capsys, tmp_path / "shards/index.json")["kind"] == "shards"
+
+
+def test_a_teachers_cache(tmp_path, capsys) -> None:
+    make_shards(tmp_path / "shards", text_frame(0, 60))
+    cache = tmp_path / "cache"
+    make_cache(cache, tmp_path / "shards", most=25)
+    facts = facts_of(capsys, cache)
+    assert facts["kind"] == "teacher cache"
+    assert facts["is_complete"] is False
+    make_cache(cache, tmp_path / "shards")
+    facts = facts_of(capsys, cache, "--verify")
+    assert facts == {**facts_of(capsys, cache / "index.json"), "target": str(cache), "problems": []}
+    assert facts["is_complete"] is True
+    assert facts["teacher"] == "teacher"
+    assert (facts["num_exact"], facts["num_drawn"], facts["temperature"]) == (3, 4, 1.0)
+    parts = list(cache.glob("part-*"))
+    assert len(parts) > 1
+    assert facts["size_bytes"] == sum(path.stat().st_size for path in parts)
+    assert facts["bytes_per_token"] == facts["size_bytes"] / facts["num_tokens"]
+    text = text_of(capsys, cache)
+    assert "is_complete          yes" in text
+    assert f"name {tmp_path / 'shards'}" in text
+    data = bytearray(parts[0].read_bytes())
+    data[-100] ^= 1
+    parts[0].write_bytes(data)
+    assert main(["info", "--verify", "--json", str(cache)]) == 1
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["problems"]) == 2
+    assert "another SHA-256" in err
+    parts[0].unlink()
+    assert f"`{parts[0].name}` is missing" in error_of(capsys, 1, cache)
 
 
 def test_damaged_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
