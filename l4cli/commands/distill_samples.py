@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -150,11 +150,15 @@ def run_samples(request: SamplesRequest) -> None:
     """Ask what is not answered yet, then write what is kept of all answers."""
     request.check()
     from l4cli.checkpoint import RunFolder
-    from l4cli.posttraining.answer_journal import AnswerJournal, require_usable
+    from l4cli.posttraining.answer_journal import AnswerJournal, read_settings, require_usable
     from l4cli.posttraining.checkers import make_checker
     from l4cli.posttraining.prompts import read_prompts
 
     require_usable(request.out, fresh=request.fresh)
+    recorded = read_settings(request.out) or {}
+    if request.top_logprobs is None and "top_logprobs" in recorded:
+        # A tokenizer may come later, for answers that are paid for.
+        request = replace(request, top_logprobs=recorded["top_logprobs"])
     found = read_prompts(request.prompts)
     checker = make_checker(request.checker, found.prompts, timeout_s=request.checker_timeout)
     teacher = _open(request, found)
@@ -310,7 +314,7 @@ class _Writer:
             **figures,
             "num_checker_timeouts": getattr(checker, "num_timeouts", 0),
             "shards": packed,
-            **self.teacher.report(),
+            "last_run": self.teacher.report(),
             "pass_rates": rates,
         }
         write_text(out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
@@ -79,6 +80,7 @@ class CommandChecker:
             raise UsageError(what, why=why, fix=fix)
         self.timeout_s = timeout_s
         self.num_timeouts = 0
+        self._lock = threading.Lock()
 
     def check(self, prompt: Prompt, completion: str, row: dict[str, Any]) -> bool:
         """raises: L4Error when the program cannot be run at all"""
@@ -94,7 +96,8 @@ class CommandChecker:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            self.num_timeouts += 1
+            with self._lock:
+                self.num_timeouts += 1
             return False
         except OSError as error:
             why = (error.strerror or str(error)).lower()

@@ -51,15 +51,16 @@ def read_prompts(path: Path) -> PromptFile:
         fix = f"name a file of JSON lines such as {_SHAPE}"
         raise L4Error(f"cannot read the prompts `{path}`", why=why, fix=fix) from error
     prompts: list[Prompt] = []
-    lines_of: dict[str | int, int] = {}
+    lines_of: dict[str, int] = {}  # `1` and `"1"` would be one in a report
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
         prompt = _prompt(line, number, f"`{path}` line {number}")
-        if prompt.id in lines_of:
-            why = f"its `id` {json.dumps(prompt.id)} is that of line {lines_of[prompt.id]}"
+        name = str(prompt.id)
+        if name in lines_of:
+            why = f"its `id` {json.dumps(prompt.id)} is that of line {lines_of[name]}"
             raise _bad(prompt.place, why, "give every row an `id` of its own, or none")
-        lines_of[prompt.id] = number
+        lines_of[name] = number
         prompts.append(prompt)
     if not prompts:
         fix = f"write one row a line, such as {_SHAPE}"

@@ -37,7 +37,7 @@ class Counts:
     num_asked: int = 0
     num_refused: int = 0  # by the server, or too long for the model
     num_answered: int = 0
-    num_empty: int = 0
+    num_empty: int = 0  # or no valid text
     num_cut: int = 0
     num_checked: int = 0
     num_passed: int = 0
@@ -99,7 +99,7 @@ def _of_prompt(
         row["checked"] = checked
         num_checked += checked is not None
         num_passed += checked is True
-        is_empty, is_cut = not record["content"].strip(), record["finish"] in _CUT
+        is_empty, is_cut = _is_empty(record), record["finish"] in _CUT
         counts.num_empty += is_empty
         counts.num_cut += is_cut
         if is_empty or (selection.keep is Keep.passed and (is_cut or checked is False)):
@@ -140,9 +140,18 @@ def _checked(
     """Whether an answer passed; what is cut off or empty did not, whatever it says."""
     if checker is None:
         return None
-    if record["finish"] in _CUT or not record["content"].strip():
+    if record["finish"] in _CUT or _is_empty(record):
         return False
     return checker.check(prompt, record["content"], row)
+
+
+def _is_empty(record: Mapping[str, Any]) -> bool:
+    """Whether there is nothing to learn: no answer, or half a character that is no text."""
+    try:
+        (record["content"] + (record.get("reasoning") or "")).encode()
+    except UnicodeEncodeError:
+        return True
+    return not record["content"].strip()
 
 
 def _grouped(

@@ -12,6 +12,7 @@ import pytest
 from evals.openai_server import KEY, broken, refuses, running, says
 from tiny_chat import save_checkpoint
 
+from l4cli.cli import main
 from l4cli.commands.distill_samples import SamplesRequest, run_samples
 from l4cli.commands.needle_options import Api
 from l4cli.commands.options import Device
@@ -224,12 +225,15 @@ def test_log_probabilities_become_soft_targets_where_they_belong(tmp_path: Path,
     """A plain loop over the shards finds every target's probabilities again."""
     prompts(tmp_path, 40)
 
+    def speak(body: dict[str, Any]) -> str:
+        return add(body) + " \u20ac"  # of three bytes, none of which is a text
+
     def likely(place: int, token: bytes) -> list[tuple[bytes, float]]:
         others = [bytes([ord("A") + place % 26]), b"\xff\xff", b"~"]
         shares = [0.5, 0.2 + 0.001 * place, 0.1, 0.05]
         return [(t, float(np.log(p))) for t, p in zip([token, *others], shares, strict=True)]
 
-    with running(speak=add, cut=cut_bytes, likely=likely) as (url, behaviour):
+    with running(speak=speak, cut=cut_bytes, likely=likely) as (url, behaviour):
         request = ask(tmp_path, url, tokenizer="bytes", seq_len=64, api=api, jobs=3)
         run_samples(request)
         shown = {"chat": ("top_logprobs", 20), "completions": ("logprobs", 5)}[api.value]
@@ -283,7 +287,7 @@ def test_log_probabilities_become_soft_targets_where_they_belong(tmp_path: Path,
     assert packed["num_targets"] == num_targets
     assert packed["num_soft_targets"] == num_soft == num_targets - 40
     assert packed["num_rows_matched"] == 40
-    assert texts == {f"It is {2 * i}." for i in range(40)}
+    assert texts == {f"It is {2 * i}. \u20ac" for i in range(40)}
 
 
 def test_the_teachers_end_of_turn_is_ours_whatever_its_name(tmp_path: Path) -> None:
@@ -370,6 +374,47 @@ def test_shards_hold_what_tokenizing_the_rows_gives(tmp_path: Path) -> None:
     assert shard.loss_mask[:n].tolist() == chat.loss_mask.tolist()
     assert shard.document_ids.tolist() == [1] * (n + 1) + [0] * (127 - n)
     assert shard.labels == {"source": ["sums"]}
+
+
+def test_rows_are_what_the_tokenizing_command_reads(tmp_path: Path) -> None:
+    prompts(tmp_path, 9)
+    with running(speak=add, reasoning="easy") as (url, _):
+        request = ask(tmp_path, url, tokenizer="bytes", seq_len=64, checker="number")
+        run_samples(request)
+    rows, tokens, packed = (tmp_path / name for name in ("answers/samples.jsonl", "t", "packed"))
+    assert main(["tokenize", str(rows), "--tokenizer", "bytes", "-o", str(tokens)]) == 0
+    assert main(["pack", str(tokens), "--seq-len", "64", "-o", str(packed)]) == 0
+    wanted, found = ShardSet.open(packed), ShardSet.open(request.out / "shards")
+    assert wanted.digest == found.digest
+
+
+def test_a_tokenizer_may_come_after_the_answers(tmp_path: Path) -> None:
+    prompts(tmp_path)
+    with running(speak=add, cut=cut_bytes) as (url, behaviour):
+        run_samples(ask(tmp_path, url, top_logprobs=3))
+        run_samples(ask(tmp_path, url, tokenizer="bytes"))
+        assert len(behaviour.seen) == 5
+        cache = TeacherCache.open(tmp_path / "answers" / "cache")
+        assert cache.num_exact == 4
+        # Another choice of rows takes the place of the old shards and cache.
+        run_samples(ask(tmp_path, url, tokenizer="bytes", seq_len=32))
+        assert len(behaviour.seen) == 5
+    shards = ShardSet.open(tmp_path / "answers" / "shards")
+    assert shards.seq_len == 32
+    again = TeacherCache.open(tmp_path / "answers" / "cache").for_shards([shards])
+    assert len(again.row(0, 0)[0]) > 0
+
+
+def test_half_a_character_is_no_answer(tmp_path: Path) -> None:
+    prompts(tmp_path, 2)
+    with running(speak=lambda body: "\ud83d" if "0" in str(body["messages"]) else "Two.") as (
+        url,
+        _,
+    ):
+        request = ask(tmp_path, url, tokenizer="bytes", checker="command:true")
+        run_samples(request)
+    assert [row["id"] for row in rows_of(request.out)] == ["sum-1"]
+    assert summary_of(request.out)["num_empty"] == 1
 
 
 def test_a_budget_stops_before_it_is_exceeded(tmp_path: Path) -> None:
