@@ -7,6 +7,7 @@ tokenizer `shards/`, with log-probabilities `cache/` (for `l4 distill --teacher-
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -349,7 +350,7 @@ class _Writer:
         request = self.request
         window = default_window(request.seq_len)
         packing = PackingOptions("best-fit", window, shuffle=True, seed=request.seed)
-        identity = json.dumps(settings, sort_keys=True)
+        identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         index = shards.write(request.out, request.seq_len, packing, self.teacher.name, identity)
         names = ("num_rows", "num_tokens", "num_documents", "seq_len")
         return {name: index[name] for name in names} | shards.counts.report()
