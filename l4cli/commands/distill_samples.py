@@ -11,15 +11,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from l4cli import terminal
+from l4cli.commands.distill_samples_request import SamplesRequest as SamplesRequest
 from l4cli.commands.needle_options import Api
-from l4cli.commands.options import Device, default_window
+from l4cli.commands.options import default_window
 from l4cli.errors import L4Error, UsageError
-from l4cli.posttraining.sample_choices import Keep, Reasoning
 
 if TYPE_CHECKING:
     from l4cli.posttraining.answer_journal import AnswerJournal
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from l4cli.text import Tokenizer
 
 SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
-MOST_TOP_LOGPROBS = 20  # what chat servers show
-_COMPLETIONS_LOGPROBS = 5  # what the oldest ones show
 # In errors of the client, which `needle-test` wrote first.
 _OPTION_NAMES = {
     "`--endpoint`": "`--teacher-endpoint`",
@@ -40,91 +38,6 @@ _OPTION_NAMES = {
     "use shorter `--lengths` if the context is too long": "leave out the longest prompts or lower "
     "`--max-new-tokens` if the context is too long",
 }
-
-
-@dataclass(frozen=True)
-class SamplesRequest:
-    """What is asked, of whom, and what becomes of it; None: as the teacher has it."""
-
-    prompts: Path
-    out: Path
-    endpoint: str | None = None  # one of the two
-    checkpoint: Path | None = None
-    model: str | None = None  # of the endpoint
-    api: Api = Api.chat
-    api_key_env: str | None = None
-    jobs: int = 4
-    timeout: float = 300.0
-    max_tries: int = 6
-    max_tokens: int | None = None  # of the whole run, prompts and answers
-    samples_per_prompt: int = 1
-    max_new_tokens: int = 1024
-    temperature: float | None = None  # None: 1 with several samples, else 0
-    top_p: float | None = None
-    top_logprobs: int | None = None  # None: as many as servers show, where there is a tokenizer
-    tokenizer: str | None = None  # None: the checkpoint's, or no shards
-    seq_len: int = 1024
-    checker: str = "none"
-    checker_timeout: float = 30.0
-    keep: Keep = Keep.passed
-    reasoning: Reasoning = Reasoning.drop
-    seed: int = 0
-    device: Device = Device.auto
-    fresh: bool = False
-    dry_run: bool = False
-
-    @property
-    def sampling_temperature(self) -> float:
-        """The temperature answers are drawn at."""
-        if self.temperature is not None:
-            return self.temperature
-        return 1.0 if self.samples_per_prompt > 1 else 0.0
-
-    @property
-    def num_top_logprobs(self) -> int:
-        """So many likely tokens are asked for at each place; 0: none."""
-        if self.top_logprobs is not None:
-            return self.top_logprobs
-        if self.tokenizer is None or self.endpoint is None:
-            return 0
-        return MOST_TOP_LOGPROBS if self.api is Api.chat else _COMPLETIONS_LOGPROBS
-
-    def check(self) -> None:
-        """Refuse what cannot be meant, before anything is read. raises: UsageError"""
-        if (self.endpoint is None) == (self.checkpoint is None):
-            why = "there is no teacher" if self.endpoint is None else "there are two teachers"
-            fix = "give `--teacher-endpoint URL --teacher-model NAME`, or `--teacher CHECKPOINT`"
-            raise UsageError("cannot ask for answers", why=f"{why} to give them", fix=fix)
-        if self.endpoint is not None and self.model is None:
-            why, fix = "a server may have many models", "name one with `--teacher-model NAME`"
-            raise UsageError("no teacher was named", why=why, fix=fix)
-        if self.checkpoint is not None:
-            self._check_checkpoint()
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
-            what, fix = f"`--top-logprobs {self.top_logprobs}` given", "ask for 0 to 20"
-            raise UsageError(what, why=f"servers show up to {MOST_TOP_LOGPROBS}", fix=fix)
-        if self.top_p is not None and self.sampling_temperature == 0:
-            why = "at temperature 0 the likeliest token is taken, whatever the others are"
-            fix = "add `--sampling-temperature 1`, or leave it out"
-            raise UsageError(f"`--sampling-top-p {self.top_p:g}` given", why=why, fix=fix)
-        if self.samples_per_prompt > 1 and self.sampling_temperature == 0:
-            why = "at temperature 0 all samples of a prompt are the same"
-            fix = "leave out `--sampling-temperature 0`, or take one sample"
-            raise UsageError(
-                f"`--samples-per-prompt {self.samples_per_prompt}` given", why=why, fix=fix
-            )
-
-    def _check_checkpoint(self) -> None:
-        fix = "leave it out, or name a server with `--teacher-endpoint URL`"
-        if self.top_logprobs:
-            why = "`l4 distill OUT/shards --teacher CHECKPOINT` learns from all its probabilities"
-            raise UsageError(f"`--top-logprobs {self.top_logprobs}` given", why=why, fix=fix)
-        if self.model is not None:
-            why = "a checkpoint is one model"
-            raise UsageError(f"`--teacher-model {self.model}` given", why=why, fix=fix)
-        if self.api is not Api.chat:
-            why = "a checkpoint is asked in its chat format"
-            raise UsageError(f"`--api {self.api}` given", why=why, fix=fix)
 
 
 Item = tuple["Prompt", int]  # a prompt, the number of the sample
@@ -182,7 +95,10 @@ def run_samples(request: SamplesRequest) -> None:
             f"`{teacher.name}` ({teacher.kind}): {len(items)} answers to {len(found.prompts)} "
             f"prompts{already} -> `{request.out}`"
         )
-        _ask(teacher, missing, len(items), journal)
+        if missing:
+            _ask(teacher, missing, len(items), journal)
+        else:
+            terminal.say("all of them are paid for; the rows are made anew")
         writer = _Writer(request, found, journal, tokenizer, teacher)
         summary = writer.write(checker, made_with, settings)
     _tell(request, summary)
@@ -409,7 +325,7 @@ def _tell(request: SamplesRequest, summary: dict[str, Any]) -> None:
 
 def _tell_shards(request: SamplesRequest, packed: dict[str, Any]) -> None:
     folder = request.out / "shards"
-    if request.checkpoint is not None:
+    if request.checkpoint is not None and request.tokenizer is None:
         terminal.say(
             f"shards -> {folder}; all of the teacher's probabilities: "
             f"`l4 distill {folder} --teacher {request.checkpoint} --student ...`"

@@ -25,8 +25,8 @@ class SoftTargets:
     """The targets of one document that are known softly; column 0 is the token itself."""
 
     positions_M: np.ndarray  # int64, in the document's ids, rising
-    ids_MK: np.ndarray  # int64; 0 with probability 0 is an unused column
-    probabilities_MK: np.ndarray  # float64, the others likeliest first; a row adds up to 1
+    ids_MK: np.ndarray  # int32; 0 with probability 0 is an unused column
+    probabilities_MK: np.ndarray  # float32, the others likeliest first; a row adds up to 1
     shown_M: np.ndarray  # float64, what the row added up to before
 
 
@@ -100,13 +100,13 @@ class TokenMatcher:
             token_id = known.get(token)
             if token_id is not None and token_id not in found and len(found) < self.num_columns:
                 found[token_id] = float(np.exp(logprob))
-        ids = np.zeros(self.num_columns, np.int64)
+        ids = np.zeros(self.num_columns, np.int32)
         probabilities = np.zeros(self.num_columns)
         ids[: len(found)] = list(found)
         probabilities[: len(found)] = list(found.values())
         probabilities[0] = max(probabilities[0], 1e-9)  # drawn, so not impossible
         shown = float(probabilities.sum())
-        return ids, probabilities / shown, min(1.0, shown)
+        return ids, (probabilities / shown).astype(np.float32), min(1.0, shown)
 
 
 def _find(tokens: tuple[bytes, ...], ours: list[bytes]) -> int | None:
@@ -120,5 +120,5 @@ def _find(tokens: tuple[bytes, ...], ours: list[bytes]) -> int | None:
 
 def entropies(probabilities_MK: np.ndarray) -> np.ndarray:
     """Entropy of each row in nats, float64."""
-    safe = np.where(probabilities_MK > 0, probabilities_MK, 1.0)
-    return np.maximum(0.0, -(probabilities_MK * np.log(safe)).sum(1))
+    p_MK = probabilities_MK.astype(np.float64)
+    return np.maximum(0.0, -(p_MK * np.log(np.where(p_MK > 0, p_MK, 1.0))).sum(1))
