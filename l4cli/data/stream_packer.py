@@ -12,15 +12,16 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from l4cli import terminal
+from l4cli.data.frame import Frame
 from l4cli.data.packing import BestFitPacker, ConcatPacker, Rows, RowShuffler
-from l4cli.data.pieces import PictureBorders, Pieces, Splitter
+from l4cli.data.pieces import PictureBorders, Pieces, Splitter, offsets_of
 from l4cli.data.shard_writer import ShardWriter
 from l4cli.data.staging import StagedFolder
 from l4cli.data.standard_input import standard_input
@@ -57,6 +58,48 @@ def pack_streams(
         header = _feed(names, splitter, line.add, [writer])
         line.finish()
         return writer.finish(header, splitter.labels.values())
+
+
+def pack_frames(
+    frames: Sequence[Frame],
+    header: StreamHeader,
+    out: str | Path,
+    seq_len: int,
+    options: PackingOptions,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Pack frames of text; give the index of the shards, and where each token of them came from.
+
+    shapes: -> index, int64 [rows, seq_len]: the place in all frames' tokens, -1 for padding
+    """
+    places_N = offsets_of(np.array([len(frame.tokens) for frame in frames], np.int64))
+    writer = _PlacesWriter(frames, out, seq_len, options)
+    with writer:
+        line = _Line(seq_len, options, writer)
+        splitter = Splitter(seq_len, line.limit)
+        for frame, first, end in zip(frames, places_N, places_N[1:], strict=False):
+            assert not frame.media, "pictures are found by the tokens that stand for them"
+            # Packing looks at lengths alone, so places can be packed in the tokens' stead.
+            line.add(splitter.add(replace(frame, tokens=np.arange(first, end, dtype=np.uint32))))
+        line.finish()
+        return writer.finish(header, splitter.labels.values()), np.concatenate(writer.places)
+
+
+class _PlacesWriter(ShardWriter):
+    """Is given rows of places and writes the tokens that stand there."""
+
+    def __init__(
+        self, frames: Sequence[Frame], out: str | Path, seq_len: int, options: PackingOptions
+    ) -> None:
+        super().__init__(out, seq_len=seq_len, packing=asdict(options))
+        self.tokens_N = np.concatenate([np.zeros(0, np.uint32), *(f.tokens for f in frames)])
+        self.places = [np.zeros((0, seq_len), np.int64)]
+
+    def add(self, rows: Rows) -> None:
+        """Take rows of places."""
+        is_padding_RT = rows.document_ids == 0
+        self.places.append(np.where(is_padding_RT, -1, rows.input_ids.astype(np.int64)))
+        ids_RT = np.where(is_padding_RT, 0, self.tokens_N[rows.input_ids])
+        super().add(replace(rows, input_ids=ids_RT.astype(np.uint32)))
 
 
 def pack_by_length(

@@ -1,6 +1,6 @@
 """Ask a model behind an OpenAI-compatible server, politely and until it answers.
 
-in: prompts; out: answers with the tokens they took
+in: prompts; out: answers with the tokens they took, and log-probabilities where they are asked for
 source: the OpenAI REST API, /v1/chat/completions and /v1/completions; RFC 9110 for Retry-After
 
 One answer is one POST. What may pass (429, 5xx, a timeout, a cut-off connection) is tried again
@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,9 +26,11 @@ from typing import Any
 
 from l4cli import __version__, terminal
 from l4cli.errors import L4Error, UsageError
-from l4cli.evals.endpoint_replies import Failure, clean, read_answer, send
+from l4cli.evals.endpoint_logprobs import read_logprobs, read_reasoning
+from l4cli.evals.endpoint_replies import MAX_REPLY_BYTES, Failure, clean, read_answer, send
 from l4cli.evals.parallel import Stopped
 from l4cli.evals.token_budget import Promise
+from l4cli.text.token_logprobs import TokenLogprobs
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -63,6 +65,18 @@ class EndpointOptions:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """What one request asks for."""
+
+    prompt: str | Sequence[Mapping[str, Any]]  # text, or the messages of a chat
+    answer_tokens: int  # at most
+    temperature: float = 0.0
+    top_p: float | None = None  # None: not said
+    seed: int | None = None  # None: the endpoint's
+    top_logprobs: int = 0  # so many of the likeliest tokens at each place
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a server said, and what it counted; None where it does not count."""
 
@@ -70,6 +84,12 @@ class Answer:
     prompt_tokens: int | None
     answer_tokens: int | None
     finish: str | None
+    reasoning: str | None = None  # what was thought before, where it is kept apart
+    logprobs: TokenLogprobs | None = None
+
+
+class RequestRefused(L4Error):
+    """The server does not take this request, and may well take others."""
 
 
 class Endpoint:
@@ -78,6 +98,7 @@ class Endpoint:
     def __init__(self, options: EndpointOptions) -> None:
         self.options = options
         self.num_requests, self.num_retries = 0, 0  # answered, and tried again
+        self.was_answered = False  # in an earlier run, by the same model
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "application/json",
@@ -93,6 +114,7 @@ class Endpoint:
         self._resume_at = 0.0
         # What this server is known to refuse, and is asked without.
         self._refused: set[str] = set()
+        self._has_missed_logprobs = False
         self._jitter = random.Random(options.seed)
 
     def stop(self) -> None:
@@ -100,29 +122,44 @@ class Endpoint:
         self._stop.set()
 
     def complete(self, prompt: str, answer_tokens: int, promise: Promise) -> Answer:
-        """Ask for a continuation or an answer of at most `answer_tokens`.
+        """Ask for a greedy continuation or answer of at most `answer_tokens`.
 
         raises: L4Error when it cannot be had, Stopped after `stop`
         """
+        return self.ask(Ask(prompt, answer_tokens), promise)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nothing more is asked."""
+        return self._stop.is_set()
+
+    def ask(self, ask: Ask, promise: Promise, *, may_refuse: bool = False) -> Answer:
+        """Ask for one answer.
+
+        `may_refuse`: a refusal of this request does not stop the rest, once one was answered.
+        raises: RequestRefused; L4Error when no answer can be had; Stopped after `stop`
+        """
         with self._slots, self._alone_at_first():
             try:
-                return self._until_answered(prompt, answer_tokens, promise)
-            except L4Error:
-                self.stop()  # before the next in the queue has its turn
+                return self._until_answered(ask, promise)
+            except L4Error as error:
+                may_refuse = may_refuse and (self._has_answered or self.was_answered)
+                if not (isinstance(error, RequestRefused) and may_refuse):
+                    self.stop()  # before the next in the queue has its turn
                 raise
 
-    def _until_answered(self, prompt: str, answer_tokens: int, promise: Promise) -> Answer:
+    def _until_answered(self, ask: Ask, promise: Promise) -> Answer:
         tries = 0
         while True:
             tries += 1
             self._wait_until(self._resume_at)
-            body = self.request(prompt, answer_tokens)
+            body = self.request(ask)
             try:
-                answer = self._try(body)
+                answer = self._try(body, ask.top_logprobs)
             except Failure as failure:
                 if failure.may_be_billed:  # whoever reads the whole prompt and then fails
                     promise.charge()
-                if failure.refused in body and self._go_without(failure.refused):
+                if failure.refused in body and self._go_without(failure, ask):
                     continue
                 self._judge(failure, tries)
                 continue
@@ -132,36 +169,65 @@ class Endpoint:
             promise.spend(answer.prompt_tokens, answer.answer_tokens)
             return answer
 
-    def _try(self, body: dict[str, Any]) -> Answer:
+    def _try(self, body: dict[str, Any], top_logprobs: int) -> Answer:
         data = json.dumps(body).encode()
-        url = self.options.url
-        post = urllib.request.Request(url, data, self._headers, method="POST")
-        reply = send(self._opener, post, self.options.timeout_s, self.options.api_key)
+        options = self.options
+        post = urllib.request.Request(options.url, data, self._headers, method="POST")
+        most = MAX_REPLY_BYTES * (1 + top_logprobs)
+        reply = send(self._opener, post, options.timeout_s, options.api_key, most)
         text, prompt_count, answer_count, finish = read_answer(reply)
-        return Answer(text, prompt_count, answer_count, finish)
+        choice = reply["choices"][0]
+        reasoning, logprobs = read_reasoning(choice), None
+        if "logprobs" in body:
+            logprobs = read_logprobs(choice)
+            if logprobs is None and text:
+                self._miss_logprobs()
+        return Answer(text, prompt_count, answer_count, finish, reasoning, logprobs)
 
-    def request(self, prompt: str, answer_tokens: int) -> dict[str, Any]:
-        """The body of a request: greedy, seeded, without what the server refuses."""
+    def request(self, ask: Ask) -> dict[str, Any]:
+        """The body of a request, without what the server refuses."""
         body: dict[str, Any] = {"model": self.options.model}
-        if self.options.api is Api.chat:
-            body["messages"] = [{"role": "user", "content": prompt}]
+        is_chat, prompt = self.options.api is Api.chat, ask.prompt
+        if is_chat:
+            is_text = isinstance(prompt, str)
+            body["messages"] = [{"role": "user", "content": prompt}] if is_text else list(prompt)
         else:
+            assert isinstance(prompt, str)
             body["prompt"] = prompt
         limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
-        settings = {limit: answer_tokens, "temperature": 0, "seed": self.options.seed}
+        seed = self.options.seed if ask.seed is None else ask.seed
+        settings = {limit: ask.answer_tokens, "temperature": ask.temperature, "seed": seed}
+        if ask.top_p is not None:
+            settings["top_p"] = ask.top_p
+        if ask.top_logprobs and "logprobs" not in self._refused:
+            settings |= {"logprobs": True} if is_chat else {"logprobs": ask.top_logprobs}
+            settings |= {"top_logprobs": ask.top_logprobs} if is_chat else {}
         body |= {name: value for name, value in settings.items() if name not in self._refused}
         return body
 
-    def _go_without(self, name: str) -> bool:
+    def _go_without(self, failure: Failure, ask: Ask) -> bool:
         """Leave out a setting this server does not know; once each, and said."""
+        name = str(failure.refused)
         with self._lock:
             if name in self._refused:
                 return True  # another thread's request has found it out meanwhile
             if name not in _OPTIONAL:
                 return False
             self._refused.add(name)
-        terminal.warn(f"the server refuses `{name}`; {_OPTIONAL[name]}")
+        loss = _OPTIONAL[name]
+        if name == "temperature" and ask.temperature > 0:
+            loss = "answers are drawn at its own"
+        if name == "logprobs":  # it may just be too many of them
+            loss += f" ({failure.why})"
+        terminal.warn(f"the server refuses `{name}`; {loss}")
         return True
+
+    def _miss_logprobs(self) -> None:
+        """Say once that log-probabilities were asked for in vain; they may still come."""
+        with self._lock:
+            is_known, self._has_missed_logprobs = self._has_missed_logprobs, True
+        if not is_known:
+            terminal.warn(f"the server leaves out `logprobs`; {_OPTIONAL['logprobs']}")
 
     @contextmanager
     def _alone_at_first(self) -> Iterator[None]:
@@ -181,7 +247,8 @@ class Endpoint:
         where = f"`{options.shown_url}`"
         is_passing = failure.is_passing and (self._has_answered or not failure.is_absent)
         if not is_passing:
-            raise L4Error(f"cannot ask {where}", why=failure.why, fix=failure.fix)
+            kind = RequestRefused if failure.is_of_request else L4Error
+            raise kind(f"cannot ask {where}", why=failure.why, fix=failure.fix)
         if tries >= options.max_tries:
             fix = f"{failure.fix}; what is finished is kept, and the same command goes on"
             why = f"{failure.why}, in each of {tries} tries"
@@ -264,6 +331,8 @@ _OPTIONAL = {
     "max_tokens": "it is asked for `max_completion_tokens`",
     "temperature": "answers are not greedy, and may differ from run to run",
     "seed": "answers may differ from run to run",
+    "top_p": "answers are drawn from all tokens",
+    "logprobs": "answers come without log-probabilities",
 }
 
 

@@ -39,11 +39,13 @@ class Failure(Exception):
         is_absent: bool = False,  # nobody is there; passing only if somebody was before
         retry_after_s: float | None = None,
         refused: str | None = None,  # the setting the server does not take
+        is_of_request: bool = False,  # of this one, so that others may succeed
     ) -> None:
         super().__init__(why)
         self.why, self.fix = why, fix
         self.is_passing, self.may_be_billed, self.is_absent = is_passing, may_be_billed, is_absent
         self.retry_after_s, self.refused = retry_after_s, refused
+        self.is_of_request = is_of_request
 
 
 def send(
@@ -51,12 +53,13 @@ def send(
     request: urllib.request.Request,
     timeout_s: float,
     secret: str | None = None,
+    max_bytes: int = MAX_REPLY_BYTES,
 ) -> Any:
     """Make one exchange and parse its JSON; `secret` never appears in words. raises: Failure"""
     deadline = time.monotonic() + timeout_s
     try:
         with opener.open(request, timeout=timeout_s) as response:
-            data = _read(response, deadline)
+            data = _read(response, deadline, max_bytes)
             kind = response.headers.get("Content-Type", "")
     except urllib.error.HTTPError as error:
         with error:
@@ -66,14 +69,14 @@ def send(
     return _parse(data, kind, secret)
 
 
-def _read(response: Any, deadline: float) -> bytes:
+def _read(response: Any, deadline: float, max_bytes: int) -> bytes:
     """The whole body. A server that drips is as late as one that is silent."""
     parts, size = [], 0
     while part := response.read1(1 << 16):
         parts.append(part)
         size += len(part)
-        if size > MAX_REPLY_BYTES:
-            why = f"its answer is longer than {MAX_REPLY_BYTES >> 20} MiB"
+        if size > max_bytes:
+            why = f"its answer is longer than {max_bytes >> 20} MiB"
             raise Failure(why, URL_FIX, may_be_billed=True)
         if time.monotonic() > deadline:
             raise TimeoutError
@@ -110,15 +113,17 @@ def of_status(
         return Failure(
             why, f"{URL_FIX}; and `--model`: the server lists its models at `/v1/models`"
         )
-    if status in (400, 422):
+    if status in (400, 413, 422):
         fix = "use shorter `--lengths` if the context is too long, else check `--model` and `--api`"
-        return Failure(why, fix, refused=_refused_setting(data))
+        return Failure(why, fix, refused=_refused_setting(data), is_of_request=True)
     return Failure(why, URL_FIX)
 
 
 def _refused_setting(data: bytes) -> str | None:
     """The name of a setting that an error is about, where it says so."""
     error = _error_of(_json_or_none(data))
+    if b"logprobs" in data:  # whatever way it is said: too many of them, or none at all
+        return "logprobs"
     if not isinstance(error, dict):
         return None
     code, name = str(error.get("code")), error.get("param")

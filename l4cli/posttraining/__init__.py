@@ -1,1 +1,1 @@
-"""Rollouts, judges and difficulty pools of post-training live here; none is built yet."""
+"""What a teacher says becomes rows and soft targets here; rollouts and judges are not built yet."""

@@ -1,12 +1,14 @@
 """A server that speaks the OpenAI shapes over real HTTP, reads needles, and fails on demand.
 
 Its answers come from the prompt alone: it searches the text for the key that is asked for, so a
-client that garbles a prompt gets a wrong answer.
+client that garbles a prompt gets a wrong answer. Told how its tokenizer cuts a text and what else
+was likely it shows log-probabilities too.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import ssl
 import threading
@@ -45,6 +47,13 @@ class Seen:
 
 
 Failing = Callable[["Handler"], None]
+Likely = list[tuple[bytes, float]]  # tokens and log-probabilities
+
+
+def likely_letters(place: int, token: bytes) -> Likely:
+    """The token itself at 0.6, two others at 0.25 and 0.05: 0.9 are shown."""
+    others = [bytes([c]) for c in b"abc" if bytes([c]) != token][:2]
+    return [(token, math.log(0.6)), (others[0], math.log(0.25)), (others[1], math.log(0.05))]
 
 
 @dataclass
@@ -58,6 +67,12 @@ class Behaviour:
     bytes_per_token: float = 4.0
     key: str | None = KEY
     max_model_len: int | None = None
+    speak: Callable[[dict[str, Any]], str] | None = None  # answers a body instead of the needles
+    reasoning: str | None = None  # shown beside the answers of a chat
+    finish: Callable[[str], str] = lambda text: "stop"
+    cut: Callable[[str], list[bytes]] | None = None  # its tokenizer; None: no log-probabilities
+    likely: Callable[[int, bytes], Likely] = likely_letters
+    end_token: bytes | None = None  # shown among the log-probabilities, as some servers do
     seen: list[Seen] = field(default_factory=list)
     num_now: int = 0
     num_most: int = 0  # requests at one time
@@ -136,16 +151,24 @@ class Handler(BaseHTTPRequestHandler):
             words = f"This model's maximum context length is {behaviour.max_model_len} tokens."
             self.fail(400, words, "context_length_exceeded")
             return
-        value = find_needle(prompt)
-        text = f"The value is **{value}**, as the text says." if is_chat else f" {value}. And so"
+        if behaviour.speak is not None:
+            text = behaviour.speak(self.body)
+        else:
+            value = find_needle(prompt)
+            text = f"The value is **{value}**, as the text says." if is_chat else f" {value}. So"
         self.reply(200, self.shaped(text, is_chat, num_prompt))
 
     def shaped(self, text: str, is_chat: bool, num_prompt: int) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+        behaviour = self.server.behaviour
+        choice: dict[str, Any] = {"index": 0, "finish_reason": behaviour.finish(text)}
         if is_chat:
             choice["message"] = {"role": "assistant", "content": text}
+            if behaviour.reasoning is not None:
+                choice["message"]["reasoning_content"] = behaviour.reasoning
         else:
             choice["text"] = text
+        if self.body.get("logprobs") and behaviour.cut is not None:
+            choice["logprobs"] = self.logprobs(behaviour.cut(text), is_chat)
         reply = {"id": "x", "object": "completion", "model": "reader", "choices": [choice]}
         if self.server.behaviour.counts_tokens:
             num_answer = len(text) // 4
@@ -155,6 +178,24 @@ class Handler(BaseHTTPRequestHandler):
                 "total_tokens": num_prompt + num_answer,
             }
         return reply
+
+    def logprobs(self, tokens: list[bytes], is_chat: bool) -> dict[str, Any]:
+        behaviour = self.server.behaviour
+        if behaviour.end_token is not None:
+            tokens = [*tokens, behaviour.end_token]
+        tops = [behaviour.likely(i, token) for i, token in enumerate(tokens)]
+        said = [dict(top).get(token, -9.0) for token, top in zip(tokens, tops, strict=True)]
+        if not is_chat:
+            names = [_named(token) for token in tokens]
+            shown = [{_named(token): p for token, p in top} for top in tops]
+            return {"tokens": names, "token_logprobs": said, "top_logprobs": shown}
+        num_shown = self.body["top_logprobs"]
+        content = []
+        for token, logprob, top in zip(tokens, said, tops, strict=True):
+            item: dict[str, Any] = _shown(token, logprob)
+            item["top_logprobs"] = [_shown(*other) for other in top[:num_shown]]
+            content.append(item)
+        return {"content": content}
 
     def fail(self, status: int, message: str, code: str, **more: Any) -> None:
         """An error in OpenAI's shape."""
@@ -178,6 +219,19 @@ class Handler(BaseHTTPRequestHandler):
     def hang_up(self) -> None:
         self.close_connection = True
         self.wfile.flush()
+
+
+def _named(token: bytes) -> str:
+    """How completions spell a token that is no text."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def _shown(token: bytes, logprob: float) -> dict[str, Any]:
+    text = token.decode(errors="replace")
+    return {"token": text, "logprob": logprob, "bytes": list(token)}
 
 
 # Ways to fail

@@ -1,0 +1,153 @@
+"""Every answer that was paid for, on disk before anything else is done with it.
+
+in: records by prompt and sample; out: `answers.jsonl` and `settings.json` in a folder, refusals
+to mix the answers of two teachers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from l4cli.checkpoint.atomic import write_text
+from l4cli.errors import L4Error, UsageError
+
+ANSWERS = "answers.jsonl"
+SETTINGS = "settings.json"
+FORMAT = "l4-answers-1"
+
+Key = tuple[str | int, int]  # the prompt's id, the number of the sample
+
+
+class AnswerJournal:
+    """The answers in one folder; only where they lie is in memory. Threads may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / ANSWERS
+        self._places: dict[Key, int] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @classmethod
+    def open(cls, folder: Path, settings: Mapping[str, Any]) -> AnswerJournal:
+        """Begin in a new folder, or go on in one of the same settings.
+
+        raises: UsageError naming the settings that differ; L4Error for a damaged file
+        """
+        journal = cls(folder)
+        current = json.loads(json.dumps(dict(settings)))  # compare on equal terms
+        recorded = read_settings(folder)
+        if recorded is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = {"format": FORMAT, "settings": current}
+            write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
+        else:
+            _require_same(folder, recorded, current)
+            journal._find()
+        return journal
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Keep one answer; it is on the disk when this returns."""
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with self._lock:
+            with self.path.open("ab") as file:
+                place = file.tell()
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            self._places[record["id"], record["sample"]] = place
+
+    def read(self, keys: Iterator[Key]) -> Iterator[dict[str, Any]]:
+        """Give records in the order of the keys, those that are there."""
+        if not self._places:
+            return
+        with self.path.open("rb") as file:
+            for key in keys:
+                if key in self._places:
+                    file.seek(self._places[key])
+                    yield json.loads(file.readline())
+
+    def _find(self) -> None:
+        """Note where records begin; a last line that was cut off is taken off the file."""
+        if not self.path.exists():
+            return
+        place = 0
+        with self.path.open("r+b") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    file.truncate(place)
+                    break
+                try:
+                    record = json.loads(line)
+                    self._places[record["id"], int(record["sample"])] = place
+                except (ValueError, KeyError, TypeError):
+                    why = f"line {number} is not a record of an answer"
+                    raise _damaged(self.path, why) from None
+                place += len(line)
+
+
+def require_usable(folder: Path, *, fresh: bool) -> None:
+    """Refuse a folder of something else, or with `--fresh` any that is not empty."""
+    if not folder.exists():
+        return
+    what, fix = f"cannot write to `{folder}`", "choose another folder with `-o`"
+    if not folder.is_dir():
+        raise UsageError(what, why="it is a file, and answers need a folder", fix=fix)
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if fresh and names:
+        raise UsageError(
+            f"`--fresh` needs a new or empty folder, not `{folder}`",
+            why=f"it holds `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else ""),
+            fix="choose another folder with `-o`, or remove this one",
+        )
+    if names and read_settings(folder) is None:
+        why = f"it holds `{names[0]}` and no `{SETTINGS}`: it belongs to something else"
+        raise UsageError(what, why=why, fix=fix)
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """How the answers in a folder were asked for, None without any. raises: L4Error if damaged"""
+    path = folder / SETTINGS
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _damaged(path, f"it is not JSON: {error}") from None
+    if not isinstance(kept, dict) or kept.get("format") != FORMAT:
+        raise _damaged(path, f"it is not marked as `{FORMAT}`")
+    settings: dict[str, Any] = kept["settings"]
+    return settings
+
+
+def _require_same(folder: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    differing = [
+        f"`{name}` was {_shown(recorded.get(name))}, now {_shown(current.get(name))}"
+        for name in sorted(recorded.keys() | current.keys())
+        if recorded.get(name) != current.get(name)
+    ]
+    if differing:
+        raise UsageError(
+            f"`{folder}` holds answers to other questions",
+            why="; ".join(differing),
+            fix="give the same options to continue, or choose another folder with `-o`",
+        )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)[:60]
+
+
+def _damaged(path: Path, why: str) -> L4Error:
+    fix = "restore the file, or begin anew in another folder with `-o`"
+    return L4Error(f"cannot use `{path}`", why=why, fix=fix)
