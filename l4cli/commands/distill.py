@@ -4,6 +4,9 @@ Students may differ in shape: `--student preset:nano`, a checkpoint, a `config.j
 (a smaller copy of it); after commas come what is theirs alone: `name=`, `lr=`, `loss=`, `alpha=`,
 `layers=0+2+5` to keep, any key of the model's config. The same command again continues.
 
+A teacher without logits answers a file of prompts (JSONL with `messages` or `prompt`) with
+`--teacher-endpoint`, or `--from-samples` for a checkpoint; what it says becomes rows, and shards.
+
 examples:
   l4 distill shards/ --teacher runs/big/latest --student preset:nano -o runs/small
   l4 distill shards/ --teacher big/ --student preset:nano --student dense.json,lr=4e-3
@@ -11,6 +14,7 @@ examples:
   l4 distill shards/ --teacher preset:mini --codistill --burn-in 0.1 --student preset:nano
   l4 distill shards/ --teacher big/ --write-cache cache/
   l4 distill shards/ --teacher-cache cache/ --student preset:nano --epochs 3
+  l4 distill prompts.jsonl --teacher-endpoint http://127.0.0.1:8000/v1 --teacher-model big
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Annotated
 import typer
 
 from l4cli import terminal
+from l4cli.commands import distill_samples_options as answers
 from l4cli.commands import training_options as train
 from l4cli.commands.distill_request import HardTargets, LossKind, Request
 from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
@@ -28,7 +33,8 @@ from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
 
 def distill(
     shards: Annotated[
-        list[str], typer.Argument(help="folders of packed shards, each perhaps with `:WEIGHT`")
+        list[str],
+        typer.Argument(help="folders of packed shards, each perhaps with `:WEIGHT`; or prompts"),
     ],
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="checkpoint whose predictions are learned from")
@@ -71,6 +77,24 @@ def distill(
     tail_samples: Annotated[
         int, typer.Option("--tail-samples", min=0, help="tokens drawn from all the others")
     ] = 16,
+    teacher_endpoint: answers.TeacherEndpoint = None,
+    from_samples: answers.FromSamples = False,
+    teacher_model: answers.TeacherModel = None,
+    api: answers.ApiOption = None,
+    api_key_env: answers.ApiKeyEnv = None,
+    jobs: answers.Jobs = None,
+    timeout: answers.Timeout = None,
+    max_tokens: answers.MaxTokens = None,
+    samples_per_prompt: answers.SamplesPerPrompt = None,
+    max_new_tokens: answers.MaxNewTokens = None,
+    sampling_temperature: answers.SamplingTemperature = None,
+    sampling_top_p: answers.SamplingTopP = None,
+    top_logprobs: answers.TopLogprobs = None,
+    tokenizer: answers.TokenizerOption = None,
+    checker: answers.CheckerOption = None,
+    checker_timeout: answers.CheckerTimeout = None,
+    keep_samples: answers.KeepSamples = None,
+    reasoning: answers.ReasoningOption = None,
     loss: Annotated[
         LossKind, typer.Option("--loss", help="hard, soft, or hybrid: both")
     ] = LossKind.hybrid,
@@ -132,7 +156,11 @@ def distill(
     request = Request(**locals())
     terminal.configure(json=json, quiet=quiet)
     request.check()
-    if write_cache is not None:
+    if (samples := request.samples) is not None:
+        from l4cli.commands.distill_samples import run_samples
+
+        run_samples(samples)
+    elif write_cache is not None:
         from l4cli.commands.distill_cache import write
 
         write(request)

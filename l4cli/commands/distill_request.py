@@ -11,6 +11,8 @@ from pathlib import Path
 
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_options as train
+from l4cli.commands.distill_samples_options import ANSWER_OPTIONS, option_of
+from l4cli.commands.distill_samples_request import SamplesRequest
 from l4cli.commands.distill_students import (
     Cut,
     Defaults,
@@ -19,8 +21,10 @@ from l4cli.commands.distill_students import (
     parse_students,
     parse_teacher,
 )
+from l4cli.commands.needle_options import Api
 from l4cli.commands.options import LENGTHS, Device, parse_number
 from l4cli.errors import UsageError
+from l4cli.posttraining.sample_choices import Keep, Reasoning
 
 
 class LossKind(StrEnum):
@@ -53,6 +57,24 @@ class Request:
     teacher_cache: Path | None
     top_k: int
     tail_samples: int
+    teacher_endpoint: str | None
+    from_samples: bool
+    teacher_model: str | None
+    api: Api | None
+    api_key_env: str | None
+    jobs: int | None
+    timeout: float | None
+    max_tokens: int | None
+    samples_per_prompt: int | None
+    max_new_tokens: int | None
+    sampling_temperature: float | None
+    sampling_top_p: float | None
+    top_logprobs: int | None
+    tokenizer: str | None
+    checker: str | None
+    checker_timeout: float | None
+    keep_samples: Keep | None
+    reasoning: Reasoning | None
     loss: LossKind
     alpha: str | None
     scaling_factor: float | None
@@ -154,8 +176,41 @@ class Request:
             log_every=self.log_every,
         )
 
+    @property
+    def samples(self) -> SamplesRequest | None:
+        """What is asked of a teacher that only answers, if it is one."""
+        if self.teacher_endpoint is None and not self.from_samples:
+            return None
+        given = {
+            field: getattr(self, parameter)
+            for parameter, field in ANSWER_OPTIONS.items()
+            if getattr(self, parameter) is not None
+        }
+        if self.row_tokens is not None:
+            given["seq_len"] = self.row_tokens
+        return SamplesRequest(
+            prompts=Path(self.shards[0]),
+            out=self.out or Path("runs") / "answers",
+            endpoint=self.teacher_endpoint,
+            checkpoint=None if self.teacher is None else Path(self.teacher),
+            seed=self.seed,
+            device=self.device,
+            fresh=self.fresh,
+            dry_run=self.dry_run,
+            **given,
+        )
+
     def check(self) -> None:
         """Refuse what needs no look at any file."""
+        if (samples := self.samples) is not None:
+            self._check_answers()
+            samples.check()
+            return
+        for parameter in ANSWER_OPTIONS:
+            if getattr(self, parameter) is not None:
+                why = "it is about a teacher that answers prompts"
+                fix = "add `--teacher-endpoint URL` or `--from-samples`, or leave it out"
+                raise UsageError(f"cannot use `{option_of(parameter)}`", why=why, fix=fix)
         train.require_one_rank()
         self.length.check()
         if not 0 < self.temperature < float("inf"):
@@ -199,6 +254,27 @@ class Request:
             raise UsageError(
                 f"cannot use `--burn-in {self.burn_in:g}`", why=why, fix="leave it out"
             )
+
+    def _check_answers(self) -> None:
+        """Refuse what trains something: answers come first."""
+        given = {
+            "--student": self.student,
+            "--codistill": self.codistill,
+            "--write-cache": self.write_cache,
+            "--teacher-cache": self.teacher_cache,
+            "--steps": self.steps,
+            "--tokens": self.tokens,
+            "--epochs": self.epochs,
+            "--eval-data": self.eval_data,
+        }
+        for name, value in given.items():
+            if value:
+                why = "first the teacher answers, then students learn"
+                fix = "leave it out; then `l4 distill OUT/shards --teacher-cache OUT/cache ...`"
+                raise UsageError(f"cannot use `{name}` with prompts", why=why, fix=fix)
+        if len(self.shards) > 1:
+            why = "one file of prompts makes one folder of answers"
+            raise UsageError(f"{len(self.shards)} files given", why=why, fix="name one of them")
 
     def _check_writing(self) -> None:
         if self.teacher is None:

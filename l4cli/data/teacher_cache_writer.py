@@ -41,7 +41,7 @@ from l4cli.data.teacher_entries import (
     encode_entropy,
     row_uniforms,
 )
-from l4cli.errors import L4Error, UsageError
+from l4cli.errors import L4Error, Terminated, UsageError
 
 PART_BYTES = 64 << 20  # held in memory until it is full
 _ROW_BYTES = 12  # an offset and a checksum
@@ -91,8 +91,14 @@ class TeacherCacheWriter:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._drop_lock()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # A slow teacher fills a part in hours: what a signal interrupts is kept as a short one.
+            is_signal = kind is not None and issubclass(kind, (KeyboardInterrupt, Terminated))
+            if is_signal and self._held:
+                self._write_part()
+        finally:
+            self._drop_lock()
 
     def rows_left(self, dataset: int) -> list[range]:
         """The rows that no part holds, in order. `dataset` counts the writer's shard sets."""

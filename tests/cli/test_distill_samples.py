@@ -304,3 +304,36 @@ def test_a_dry_run_asks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run_samples(request)
     assert "15 answers" in capsys.readouterr().err
     assert not request.out.exists()
+
+
+def test_the_command_asks_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = prompts(tmp_path, 3)
+    out = tmp_path / "out"
+    words = ["--teacher-model", "reader", "--tokenizer", "bytes", "--seq-len", "64", "-o", str(out)]
+    with running(speak=add) as (url, _):
+        ask_it = ["distill", str(path), "--teacher-endpoint", url, *words, "--checker", "number"]
+        assert main(ask_it) == 0
+    assert len(rows_of(out)) == 3
+    assert ShardSet.open(out / "shards").seq_len == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--teacher-endpoint", "http://127.0.0.1:9/v1"], "--teacher-model"),
+        (["--from-samples"], "there is no teacher"),
+        (["--from-samples", "--teacher", "x", "--student", "preset:nano"], "first the teacher"),
+        (["--from-samples", "--teacher", "x", "--steps", "3"], "first the teacher"),
+        (["--checker", "number", "--student", "preset:nano"], "answers prompts"),
+        (["other.jsonl", "--from-samples", "--teacher", "x"], "one file of prompts"),
+    ],
+)
+def test_words_that_cannot_be_meant(
+    words: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prompts(tmp_path, 1)
+    assert main(["distill", str(path), *words, "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert why in error
+    assert error.count("error:") == 1
+    assert not (tmp_path / "out").exists()
