@@ -287,6 +287,7 @@ def _identity(request: Request, ready: Ready) -> dict[str, Any]:
                 "loss": loss.loss,
                 "alpha": None if share is None else [share.start, share.end],
                 "alpha_gap_scale": None if share is None else share.gap_scale,
+                "alpha_gap_window": None if share is None else share.window,
                 "alpha_follows_lr": None if share is None else share.follows_lr,
                 "scaling_factor": loss.factor,
                 "temperature": loss.temperature,

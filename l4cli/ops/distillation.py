@@ -40,15 +40,16 @@ class Mixing:
     factor: float = 1.0  # soft targets count times this
     temperature: float = 1.0
     adds: bool = False  # hard + factor * soft, whatever alpha
-    # Per token: the share times sigmoid(gap / gap_scale), gap = log p_T(label) - log p_S(label).
+    # Per token: the share times sigmoid(lead / gap_scale); lead: see `_Lead`.
     gap_scale: float | None = None
+    gap_window: int = 0  # the lead is a mean over so many targets before the token; 0: its own gap
     hard_from_teacher: bool = False  # the hard target is the teacher's likeliest token
 
-    def shares(self, gap_M1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def shares(self, lead_M1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The share of soft targets, and what hard and soft losses count; no gradients."""
-        share_M1 = torch.full_like(gap_M1, 1.0 if self.adds else self.alpha)
+        share_M1 = torch.full_like(lead_M1, 1.0 if self.adds else self.alpha)
         if self.gap_scale is not None:
-            share_M1 *= (gap_M1 / self.gap_scale).sigmoid()
+            share_M1 *= (lead_M1 / self.gap_scale).sigmoid()
         hard_M1 = torch.ones_like(share_M1) if self.adds else 1 - share_M1
         return share_M1, hard_M1, self.factor * share_M1
 
@@ -73,11 +74,12 @@ def linear_distillation(
     targets: FullTargets | SparseTargets | None,
     mixing: Mixing,
     chunk: int | None = None,
+    first_M: Tensor | None = None,
 ) -> DistillationLoss:
     """Weighted sum of hard cross-entropy and soft divergence of softmax(h @ weight.T).
 
-    All tokens are targets; labels are in both vocabularies.
-    shapes: h [M, D], weight [V, D], labels [M], weights [M]
+    All tokens are targets; labels are in both vocabularies. `first_M`: where in M the document of
+    a token begins; None: all are of one. shapes: h [M, D], weight [V, D], labels [M], weights [M]
     """
     weights_M = weights_M.float()
     if targets is None:
@@ -92,8 +94,37 @@ def linear_distillation(
     else:
         assert len(targets.h_MD) == len(labels_M), "a teacher's state for each token"
     run = LINEAR_DISTILLATION.pick(h_MD)
-    loss, figures = run(h_MD, weight_VD, labels_M, weights_M, targets, mixing, chunk)
+    loss, figures = run(h_MD, weight_VD, labels_M, weights_M, targets, mixing, chunk, first_M)
     return DistillationLoss(loss, *figures.unbind())
+
+
+class _Lead:
+    """How far the teacher is ahead of the student at each token, as the targets before it tell.
+
+    gap = log p_T(label) - log p_S(label). One token's gap is noise, and a share that follows the
+    token's own label pulls the expected target away from both the teacher's and the data's: the
+    mean over a window leaves the token itself out. A document begins with some trust.
+    """
+
+    TRUST, NUM_TRUSTED = 1.0, 4  # a lead of so many nats, as if so many tokens had shown it
+
+    def __init__(self, mixing: Mixing, first_M: Tensor) -> None:
+        self.window, self.first_M = mixing.gap_window, first_M
+        self._gap_M = torch.zeros(len(first_M), dtype=torch.float64, device=first_M.device)
+
+    def of(self, rows: slice, gap_M1: Tensor) -> Tensor:
+        """The lead at these rows; their gaps must come in order, all earlier ones before."""
+        if self.window == 0:
+            return gap_M1
+        stop = rows.start + len(gap_M1)
+        self._gap_M[rows.start : stop] = gap_M1.flatten()
+        low = max(0, rows.start - self.window)
+        sum_M = torch.cat([self._gap_M.new_zeros(1), self._gap_M[low:stop].cumsum(0)])
+        place_M = torch.arange(rows.start, stop, device=gap_M1.device)
+        begin_M = torch.maximum(self.first_M[rows], place_M - self.window).clamp_min(0)
+        total_M = sum_M[place_M - low] - sum_M[begin_M - low] + self.TRUST * self.NUM_TRUSTED
+        lead_M = total_M / (place_M - begin_M + self.NUM_TRUSTED)
+        return lead_M.to(gap_M1.dtype).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -142,6 +173,7 @@ class _LinearDistillation(torch.autograd.Function):
         weights_M: Tensor,
         targets: FullTargets | SparseTargets,
         mixing: Mixing,
+        lead: _Lead,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         cast_VD = weight_VD.to(h_MD.dtype)
@@ -162,7 +194,7 @@ class _LinearDistillation(torch.autograd.Function):
             logits_MV = work.view(0, len(labels_M[rows]), len(weight_VD))
             logits_into(logits_MV, h_MD[rows], cast_VD)
             losses_CM, grad_MV = _losses_and_gradient(
-                logits_MV, labels_M[rows], weights_M[rows], rows, targets, mixing, work
+                logits_MV, labels_M[rows], weights_M[rows], rows, targets, mixing, lead, work
             )
             sums += (losses_CM * weights_M[rows]).sum(-1)
             if dh_MD is None or dweight_VD is None:
@@ -182,7 +214,7 @@ class _LinearDistillation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dh_MD, dweight_VD = ctx.saved_tensors
         scale = grads[0]
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         return dh_MD * scale.to(dh_MD.dtype), dweight_VD * scale, *nothing
 
 
@@ -193,6 +225,7 @@ def _losses_and_gradient(
     rows: slice,
     targets: FullTargets | SparseTargets,
     mixing: Mixing,
+    lead: _Lead,
     work: _Workspace,
 ) -> tuple[Tensor, Tensor]:
     """Each token's loss and figures, [1 + figures, M], and the gradient of the logits."""
@@ -218,7 +251,7 @@ def _losses_and_gradient(
     data_loss_M1, hard_loss_M1 = log_sum_M1 - at_label_M1, log_sum_M1 - at_hard_M1
     soft_loss_M1 = tau**2 * (teacher.cross_M1 + teacher.mass_M1 * log_sum_tau_M1)
     gap_M1 = teacher.label_log_M1 + log_sum_tau_M1 - at_label_M1 / tau
-    share_M1, a_hard_M1, a_soft_M1 = mixing.shares(gap_M1)
+    share_M1, a_hard_M1, a_soft_M1 = mixing.shares(lead.of(rows, gap_M1))
     loss_M1 = a_hard_M1 * hard_loss_M1 + a_soft_M1 * soft_loss_M1
     figures = [hard_loss_M1, data_loss_M1, soft_loss_M1, share_M1, -teacher.label_log_M1]
     losses_CM = torch.cat([loss_M1, *figures], dim=-1).T
@@ -296,10 +329,12 @@ def _chunked(
     targets: FullTargets | SparseTargets,
     mixing: Mixing,
     chunk: int | None,
+    first_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // len(weight_VD))
-    args = (h_MD, weight_VD, labels_M, weights_M, targets, mixing, chunk)
+    lead = _Lead(mixing, torch.zeros_like(labels_M) if first_M is None else first_M)
+    args = (h_MD, weight_VD, labels_M, weights_M, targets, mixing, lead, chunk)
     return _LinearDistillation.apply(*args)
 
 
@@ -311,6 +346,7 @@ def reference_linear_distillation(
     targets: FullTargets | SparseTargets,
     mixing: Mixing,
     chunk: int | None = None,
+    first_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All logits at once, gradients by autograd."""
     tau, label_M1 = mixing.temperature, labels_M.unsqueeze(-1)
@@ -334,7 +370,8 @@ def reference_linear_distillation(
     hard_M1 = best_M1 if mixing.hard_from_teacher else label_M1
     hard_loss_M1 = -log_p_MV.gather(-1, hard_M1)
     gap_M1 = (label_log_M1 - log_tau_MV.gather(-1, label_M1)).detach()
-    share_M1, a_hard_M1, a_soft_M1 = mixing.shares(gap_M1)
+    lead = _Lead(mixing, torch.zeros_like(labels_M) if first_M is None else first_M)
+    share_M1, a_hard_M1, a_soft_M1 = mixing.shares(lead.of(slice(0, len(h_MD)), gap_M1))
     loss_M1 = a_hard_M1 * hard_loss_M1 + a_soft_M1 * soft_loss_M1
     figures = [hard_loss_M1, data_loss_M1, soft_loss_M1, share_M1, -label_log_M1]
     figures_MC = torch.cat(figures, dim=-1).detach()

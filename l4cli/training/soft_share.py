@@ -2,16 +2,18 @@
 
 in: words such as `0.9`, `0.1..0.9`, `token:0.9`; out: shares of the soft targets (no torch)
 source: constant and WSD shares as in arXiv 2410.16215; schedules either way; shares by token fall
-to zero where the teacher gives the true token less than the student does
+to zero where the teacher has been giving the true tokens less than the student does
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 LOSSES = ("hard", "soft", "hybrid")
-GAP_SCALE = 1.0  # nats of lead that count as much
+GAP_SCALE = 0.25  # nats of lead that count as much
+GAP_WINDOW = 32  # targets before a token that tell who is ahead
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class SoftShare:
     start: float
     end: float
     gap_scale: float | None = None  # by token: times sigmoid(lead of the teacher / this)
+    window: int = GAP_WINDOW  # targets the lead is a mean over; 0: of the token itself
     follows_lr: bool = False  # times the learning rate over its peak
 
     def __post_init__(self) -> None:
@@ -35,18 +38,21 @@ class SoftShare:
 
 
 def parse_share(text: str) -> SoftShare:
-    """Read `0.5`, `0.1..0.9`, `lr:0.9`, `token`, `token:0.9` or `token:0.1..0.9:SCALE`.
+    """Read `0.5`, `0.1..0.9`, `lr:0.9`, `token`, `token:0.9` or `token:0.1..0.9:SCALE:WINDOW`.
 
     raises: ValueError saying what is wrong
     """
     kind, _, rest = text.partition(":")
     if kind == "token":
-        share, _, scale = rest.partition(":")
+        share, _, more = rest.partition(":")
+        scale, _, window = more.partition(":")
         start, end = _range(share or "1")
         gap_scale = _number(scale) if scale else GAP_SCALE
-        if not gap_scale > 0:
+        if not 0 < gap_scale < math.inf:
             raise ValueError(f"a scale is above 0, not {scale}")
-        return SoftShare(start, end, gap_scale=gap_scale)
+        if window and not window.isdigit():
+            raise ValueError(f"a window is a number of tokens, not `{window}`")
+        return SoftShare(start, end, gap_scale, int(window) if window else GAP_WINDOW)
     if kind == "lr":
         return SoftShare(*_range(rest), follows_lr=True)
     return SoftShare(*_range(text))

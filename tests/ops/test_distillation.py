@@ -193,6 +193,49 @@ def test_share_of_a_token_by_hand() -> None:
     assert got.loss.item() == pytest.approx((1 - share) * math.log(4) + share * soft, abs=1e-6)
 
 
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, None])
+def test_the_lead_over_the_targets_before(chunk: int | None, is_sparse: bool) -> None:
+    """A plain loop over tokens: the mean gap of up to three before it in its document."""
+    targets = sparse(1.0) if is_sparse else full()
+    h, weight, labels, _weights = student()
+    first = torch.tensor([0, 0, 0, 0, 0, 5, 5, 7] + [8] * (M - 8))
+    mixing = Mixing(alpha=0.8, gap_scale=0.5, gap_window=3)
+    ones = torch.ones(M)
+    got = linear_distillation(h, weight, labels, ones, targets, mixing, chunk, first)
+    gaps, total = [], 0.0
+    log_p = (h @ weight.T).double().log_softmax(-1)
+    teacher = log_of(targets)
+    for m in range(M):
+        seen = gaps[max(int(first[m]), m - 3) : m]
+        lead = (sum(seen) + 4 * 1.0) / (len(seen) + 4)
+        total += 0.8 / (1 + math.exp(-lead / 0.5))
+        gaps.append(float(teacher[m] - log_p[m, labels[m]]))
+    assert got.soft_weight.item() == pytest.approx(total, rel=1e-5)
+    assert min(gaps) < -1 < 1 < max(gaps)  # both were ahead somewhere
+
+
+def log_of(targets: FullTargets | SparseTargets) -> Tensor:
+    """log p_T of the labels."""
+    if isinstance(targets, SparseTargets):
+        return targets.weights_MK[:, 0].log()
+    logits = (targets.h_MD @ targets.weight_VD.T).double()
+    return logits.log_softmax(-1).gather(-1, student()[2].unsqueeze(-1)).squeeze(-1)
+
+
+def test_the_tokens_own_label_does_not_move_its_share() -> None:
+    """Else the expected target would be neither the teacher's nor the data's."""
+    h, weight, labels, _weights = student()
+    mixing = Mixing(alpha=0.8, gap_scale=0.5, gap_window=8)
+    shares = []
+    for last in (0, 1):
+        labels = labels.clone()
+        labels[-1] = last
+        got = linear_distillation(h, weight, labels, torch.ones(M), full(), mixing)
+        shares.append(got.soft_weight.item())
+    assert shares[0] == pytest.approx(shares[1], rel=1e-6)
+
+
 def test_temperature_by_hand() -> None:
     # Logits 0 and log 16 for the student, 0 and log 81 for the teacher; at 2: 1/5 4/5, 1/10 9/10.
     one = torch.ones(1, 1)

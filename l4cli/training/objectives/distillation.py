@@ -124,6 +124,7 @@ class Distillation:
             batch.loss_weight.flatten()[index_M],
             taught.targets,
             self._mixing(student, rule),
+            first_M=_document_starts(batch, index_M),
         )
         has_teacher = taught.targets is not None
         figures = {
@@ -147,13 +148,14 @@ class Distillation:
             self._step, self._num_steps, lambda step: schedule.lr(step) / schedule.peak_lr
         )
         burning = rule.is_burning_in(self._step, self._num_steps)
-        by_token = share and rule.loss == "hybrid" and rule.share is not None
+        by_token = rule.share if share and rule.loss == "hybrid" else None
         return Mixing(
             alpha=1.0 if share is None else share,
             factor=rule.factor,
             temperature=rule.temperature,
             adds=share is None,
-            gap_scale=rule.share.gap_scale if by_token and rule.share else None,
+            gap_scale=None if by_token is None else by_token.gap_scale,
+            gap_window=0 if by_token is None else by_token.window,
             hard_from_teacher=rule.hard_from_teacher and not burning,
         )
 
@@ -163,6 +165,16 @@ class Distillation:
         if chunk == self.attention_chunk_size:
             return batch
         return replace(batch, segments=Segments.from_document_ids(batch.document_ids, chunk))
+
+
+def _document_starts(batch: Batch, index_M: Tensor) -> Tensor:
+    """Where among the targets the first one of the same document stands."""
+    row_M = index_M // batch.input_ids.shape[1]
+    document_M = batch.document_ids.flatten()[index_M]
+    is_first_M = torch.ones_like(index_M, dtype=torch.bool)
+    is_first_M[1:] = (row_M[1:] != row_M[:-1]) | (document_M[1:] != document_M[:-1])
+    place_M = torch.arange(len(index_M), device=index_M.device)
+    return torch.where(is_first_M, place_M, 0).cummax(0).values if len(index_M) else index_M
 
 
 def _full(teacher: Any, h_BTD: Tensor, index_M: Tensor) -> FullTargets:

@@ -17,7 +17,7 @@ from l4cli.model import build_model
 from l4cli.ops.batch import Batch, Segments
 from l4cli.training.hidden_match import HiddenMatch, spread_pairs
 from l4cli.training.loop import Loop, LoopOptions
-from l4cli.training.objectives.distillation import Distillation
+from l4cli.training.objectives.distillation import Distillation, _document_starts
 from l4cli.training.objectives.language_model import LanguageModel
 from l4cli.training.optim import Optimizer, OptimizerOptions
 from l4cli.training.soft_share import SoftShare, StudentLoss, parse_share
@@ -201,11 +201,24 @@ def test_shares_over_the_steps(words: str, shares: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "2", "-0.1", "0.1..", "token:x", "token:1:0", "nan", "gap:1"]
+    "words", ["", "2", "-0.1", "0.1..", "token:x", "token:1:0", "token:1:1:x", "nan", "gap:1"]
 )
 def test_shares_that_mean_nothing(words: str) -> None:
-    with pytest.raises(ValueError, match=r"share|number|scale"):
+    with pytest.raises(ValueError, match=r"share|number|scale|window"):
         parse_share(words)
+
+
+def test_targets_know_where_their_document_begins() -> None:
+    """A plain loop over rows of two documents with some targets masked."""
+    (batch,) = CountingSource().next()
+    index_M = (batch.loss_weight.flatten() != 0).nonzero().flatten()
+    wanted, seen = [], {}
+    for place, position in enumerate(index_M.tolist()):
+        row, column = divmod(position, batch.input_ids.shape[1])
+        document = (row, int(batch.document_ids[row, column]))
+        wanted.append(seen.setdefault(document, place))
+    assert _document_starts(batch, index_M).tolist() == wanted
+    assert len(seen) == 8
 
 
 def test_layers_are_matched_at_the_same_depth() -> None:
