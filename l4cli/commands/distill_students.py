@@ -26,7 +26,7 @@ class Cut:
     """How first weights are taken from the teacher."""
 
     layers: tuple[int, ...] | None = None
-    experts: str = "merge"
+    experts: str = "drop"
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,36 @@ def test_hard_targets_of_the_data_need_no_teacher(data: Path, tmp_path: Path) ->
     assert weights_of(tmp_path / "hard") == weights_of(tmp_path / "plain")
 
 
+def test_a_student_equal_to_its_teacher_stays_what_it_is(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """No gradient at all, whether its weights are named or cut; nothing else moves them."""
+    still = ["--loss", "soft", "--weight-decay", "0", "--balance", "none", "--steps", "2"]
+    original = (teacher / "model.safetensors").read_bytes()
+    for name, student in (("named", str(teacher)), ("cut", "teacher,name=same")):
+        words = ["--teacher", str(teacher), "--student", student, *still]
+        assert distill(data, tmp_path / name, *words) == 0
+        assert (tmp_path / name / "latest" / "model.safetensors").read_bytes() == original
+        assert metrics_of(tmp_path / name)[0]["grad_norm"] == 0
+
+
+def test_a_student_cut_from_the_teacher_begins_ahead(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = "teacher,hidden_size=48,num_local_experts=2,name=narrow"
+    again = ["--steps", "1", "--lr", "1e-9", "--eval-data", str(data / "held")]
+    losses = []
+    for name, init in (("random", f"{teacher / 'config.json'},hidden_size=48"), ("cut", student)):
+        words = ["--teacher", str(teacher), "--student", init, *again]
+        assert distill(data, tmp_path / name, *words) == 0
+        losses.append(metrics_of(tmp_path / name)[-1]["eval_loss"])
+    assert losses[1] < losses[0] - 1
+    assert "experts 4 -> 2 " in capsys.readouterr().err
+    wide = ["--teacher", str(teacher), "--student", "teacher,hidden_size=128,name=wide"]
+    assert distill(data, tmp_path / "wide", *wide, "--steps", "1") == 2
+    assert "the teacher has only 64" in only_error(capsys)
+
+
 def test_pictures(data: Path, tmp_path: Path) -> None:
     """A teacher and a student with vision learn from shards with pictures."""
     shards = str(data / "pictures")
