@@ -75,17 +75,18 @@ def verdicts(found: dict[str, dict[str, list[float]]]) -> list[str]:
         hard, soft, dynamic = (ways[way] for way in MAIN)
         for name, values in (("constant soft", soft), ("dynamic", dynamic)):
             gain = 1 - mean(values) / mean(hard)
-            is_beyond = max(values) < min(hard)
+            beyond = "seeds overlap"
+            if max(values) < min(hard):
+                beyond = "every seed better than the best hard one"
             lines.append(
-                f"{student}: {name} targets give {gain:+.2%} fewer bits than hard ones, "
-                + ("every seed better than the best hard one" if is_beyond else "seeds overlap")
+                f"{student}: {name} targets give {gain:+.2%} fewer bits than hard ones, {beyond}"
             )
         difference = mean(dynamic) - mean(soft)
         spread = max(max(v) - min(v) for v in (soft, dynamic))
-        verdict = "no worse" if difference <= spread else "worse"
+        verdict = "within" if difference <= spread else "worse than"
         lines.append(
             f"{student}: dynamic is {difference:+.4f} bits beside constant, "
-            f"{verdict} within the spread of seeds ({spread:.4f})"
+            f"{verdict} the spread of {len(soft)} seeds ({spread:.4f})"
         )
     return lines
 
@@ -123,7 +124,7 @@ def draw(work: Path, teacher: float) -> None:
             curves,
             work / f"{student}.png",
             title=f"{student} student: held-out bits per byte",
-            caption=f"seed 0, equal tokens; the teacher has {teacher:.3f}",
+            caption=f"seed 0, equal tokens; the teacher's own bits per byte: {teacher:.3f}",
             axes=Axes(y_title="bits per byte", x_title="tokens", is_share=False),
         )
     shares = []
