@@ -26,7 +26,7 @@ class Cut:
     """How first weights are taken from the teacher."""
 
     layers: tuple[int, ...] | None = None
-    experts: str = "merge"
+    experts: str = "drop"
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _shape_of(what: str, word: str, cut: Cut | None) -> Student:
 
 def _cut_of(student: Student, settings: dict[str, str], word: str) -> Cut | None:
     layers = _value(word, settings, "layers", _parse_layers)
-    experts = _value(word, settings, "experts", _one_of("merge", "drop"))
+    experts = _value(word, settings, "experts", _one_of("drop", "merge"))
     if layers is None and experts is None:
         return student.cut
     if student.checkpoint is not None:

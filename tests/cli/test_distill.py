@@ -71,6 +71,17 @@ def test_hard_targets_of_the_data_need_no_teacher(data: Path, tmp_path: Path) ->
     assert weights_of(tmp_path / "hard") == weights_of(tmp_path / "plain")
 
 
+def test_experts_are_dropped_unless_merging_is_asked_for(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what = "teacher,num_local_experts=2"
+    for words, told in ((what, "dropped"), (f"{what},experts=merge", "merged")):
+        out = tmp_path / told
+        shape = ["--teacher", str(teacher), "--student", words, "--steps", "1"]
+        assert distill(data, out, *shape) == 0
+        assert f"experts 4 -> 2 {told}" in capsys.readouterr().err
+
+
 def test_pictures(data: Path, tmp_path: Path) -> None:
     """A teacher and a student with vision learn from shards with pictures."""
     shards = str(data / "pictures")
