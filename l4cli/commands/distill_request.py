@@ -236,8 +236,10 @@ class Request:
             fix = "add `--student preset:nano`, or `--write-cache CACHE`"
             raise UsageError("no student given", why=why, fix=fix)
         for student in students:
-            self.rate_of(student).check()
             self._check_needs(student)
+        new_teacher = self.new_teacher
+        for member in [*students, *([] if new_teacher is None else [new_teacher])]:
+            self.rate_of(member).check()
 
     def _check_teacher(self) -> None:
         """One source of targets, and what it can be combined with."""

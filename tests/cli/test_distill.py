@@ -10,6 +10,7 @@ import pytest
 from tiny_pretrain import metrics_of, only_error, weights_of
 
 from l4cli.cli import main
+from l4cli.commands.distill_students import Defaults, parse_students
 
 
 def distill(data: Path, out: Path, *more: str) -> int:
@@ -148,6 +149,20 @@ def test_other_tokenizers_are_refused(
         (["--write-cache", "c"], "a cache holds what a teacher predicts"),
         (["--student", "teacher", "--loss", "hard"], "to be cut from a teacher"),
         (["--student", "preset:nano,match=1", "--teacher", "{teacher}"], "write pairs such as"),
+        (["--student", "preset:nano,match=0:1", "--teacher", "{teacher}"], "how much that counts"),
+        (["--student", "preset:nano,lr=1,lr=2", "--teacher", "{teacher}"], "`lr` is given twice"),
+        (["--student", "preset:nano,schedule=up", "--teacher", "{teacher}"], "`wsd`, `cosine`"),
+        (["--student", "preset:nano,decay_frac=7", "--teacher", "{teacher}"], "not from 0 to 1"),
+        (["--student", "preset:nano,name=step-4", "--teacher", "{teacher}"], "names a folder"),
+        (["--student", "teacher,layers=0+9", "--teacher", "{teacher}"], "it has 2"),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,lr=x"],
+            "cannot use `--teacher",
+        ),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,lr=1,min_lr=2"],
+            "`--lr 1` is below it",
+        ),
     ],
 )
 def test_words_that_cannot_be_meant(
@@ -163,6 +178,17 @@ def test_words_that_cannot_be_meant(
     assert distill(data, out, *words, "--steps", "2") in (1, 2)
     assert why in only_error(capsys)
     assert not out.exists()
+
+
+def test_lists_and_objects_in_a_student() -> None:
+    """A comma inside one, however deep, parts nothing."""
+    words = 'preset:nano,moe_layers=[0,2],rope_scaling={"a":1,"b":{"c":[2,3]},"d":4},name=x'
+    (student,) = parse_students([words], Defaults("hard", None, None, 1.0, "data", 0.0, 0.0, None))
+    assert student.overrides == [
+        "moe_layers=[0,2]",
+        'rope_scaling={"a":1,"b":{"c":[2,3]},"d":4}',
+    ]
+    assert student.name == "x"
 
 
 def test_models_too_large_together_are_refused(
