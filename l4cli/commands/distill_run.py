@@ -191,6 +191,12 @@ def _open_cache(request: Request) -> TeacherCache | None:
             why=f"the cache was written at {cache.temperature:g}",
             fix=f"`--temperature {cache.temperature:g}`, or write another cache",
         )
+    if cache.num_exact < 2 and any(student.loss.hard_from_teacher for student in request.students):
+        raise UsageError(
+            f"cannot take hard targets from `{request.teacher_cache}`",
+            why="it was written with `--top-k 0`: of each token it knows the data's alone exactly",
+            fix="write another cache with `--top-k 1` or more, or leave `hard_targets` out",
+        )
     return cache
 
 

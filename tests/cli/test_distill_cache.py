@@ -63,6 +63,19 @@ def test_hard_targets_from_the_cache_are_the_teachers(
     assert weights_of(online) == weights_of(cached)
 
 
+def test_a_cache_without_the_likeliest_token_gives_no_hard_targets(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, cache = str(data / "text"), tmp_path / "cache"
+    words = ["--teacher", str(teacher), "--top-k", "0", "--tail-samples", "2", "-q"]
+    assert main(["distill", shards, *words, "--write-cache", str(cache)]) == 0
+    learn = ["--teacher-cache", str(cache), "--steps", "1"]
+    capsys.readouterr()
+    assert distill(data, tmp_path / "no", *learn, *tiny(data, "hard_targets=teacher")) == 2
+    assert "`--top-k 0`" in only_error(capsys)
+    assert distill(data, tmp_path / "yes", *learn, *tiny(data)) == 0
+
+
 def test_written_again_it_is_finished_and_others_are_refused(
     data: Path, teacher: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
