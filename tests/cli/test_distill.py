@@ -150,6 +150,13 @@ def test_other_tokenizers_are_refused(
         (["--student", "teacher", "--loss", "hard"], "to be cut from a teacher"),
         (["--student", "preset:nano,match=1", "--teacher", "{teacher}"], "write pairs such as"),
         (["--student", "preset:nano,match=0:1", "--teacher", "{teacher}"], "how much that counts"),
+        (
+            [
+                "--student=preset:nano,match=0:9,match_weight=1,vision_config=null",
+                "--teacher={teacher}",
+            ],
+            "the teacher 2",
+        ),
         (["--student", "preset:nano,lr=1,lr=2", "--teacher", "{teacher}"], "`lr` is given twice"),
         (["--student", "preset:nano,schedule=up", "--teacher", "{teacher}"], "`wsd`, `cosine`"),
         (["--student", "preset:nano,decay_frac=7", "--teacher", "{teacher}"], "not from 0 to 1"),

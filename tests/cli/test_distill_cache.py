@@ -129,6 +129,24 @@ def test_matching_needs_a_teacher_that_runs(
     assert "a cache has none" in only_error(capsys)
 
 
+def test_a_student_cut_from_the_teacher_learns_from_its_cache(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First weights from the one, targets from the other; better from the first step on."""
+    losses = {}
+    rest = ["--student", "teacher,num_local_experts=2", "--steps", "1", "--log-every", "1"]
+    for name, words in {"cached": ["--teacher-cache", str(cache)], "online": []}.items():
+        out = tmp_path / name
+        assert distill(data, out, "--teacher", str(teacher), *words, *rest) == 0
+        losses[name] = metrics_of(out)[0]["data_loss"]
+    assert losses["cached"] == pytest.approx(losses["online"], rel=1e-5)
+    assert losses["cached"] < 4  # a random start has log 320, 5.8
+    capsys.readouterr()
+    both = ["--teacher", str(teacher), "--teacher-cache", str(cache)]
+    assert distill(data, tmp_path / "x", *both, *rest, "--match-weight", "0.1") == 2
+    assert "a cache has none" in only_error(capsys)
+
+
 def test_info_and_json(
     data: Path, teacher: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
