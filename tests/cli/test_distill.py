@@ -83,6 +83,13 @@ def test_experts_are_dropped_unless_merging_is_asked_for(
         assert f"experts 4 -> 2 {told}" in capsys.readouterr().err
 
 
+def test_a_run_of_one_model_may_have_another_below_it(data: Path, tmp_path: Path) -> None:
+    outer, words = tmp_path / "outer", [*tiny(data), "--loss", "hard"]
+    assert distill(data, outer, *words, "--steps", "1") == 0
+    assert distill(data, outer / "inner", *words, "--steps", "1") == 0
+    assert distill(data, outer, *words, "--steps", "2") == 0
+
+
 def test_pictures(data: Path, tmp_path: Path) -> None:
     """A teacher and a student with vision learn from shards with pictures."""
     shards = str(data / "pictures")
