@@ -84,7 +84,12 @@ def test_written_again_it_is_finished_and_others_are_refused(
     assert main([*words, "--top-k", "7", "--tail-samples", "8"]) == 0
     assert "has all rows" in capsys.readouterr().err
     assert main([*words, "--top-k", "3", "--tail-samples", "8"]) == 2
-    assert "4" in only_error(capsys)
+    assert "made with num_exact 8, now it is 4" in only_error(capsys)
+    same = [*words, "--top-k", "7", "--tail-samples", "8"]
+    assert main([*same, "--dtype", "bf16"]) == 2
+    assert "-fp32, now it is" in only_error(capsys)
+    assert main([*same, "--fresh"]) == 2
+    assert "needs a new or empty folder" in only_error(capsys)
 
 
 def test_what_is_wrong_with_a_cache_is_said(
