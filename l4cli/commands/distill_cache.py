@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def write(request: Request) -> None:
     """Write the rows that are not in the cache yet; say where it is."""
     from l4cli.commands import shard_training as shared
-    from l4cli.commands.distill_teacher import load_teacher, prepare_teacher
+    from l4cli.commands.distill_teacher import (
+        load_teacher,
+        prepare_teacher,
+        require_teacher_fits,
+    )
     from l4cli.data.teacher_cache import TeacherCache
     from l4cli.data.teacher_cache_writer import CacheOptions, TeacherCacheWriter
     from l4cli.training import data_setup
@@ -47,6 +51,7 @@ def write(request: Request) -> None:
     if request.dry_run:
         terminal.emit({"event": "plan", "num_rows": source.num_rows, "bytes_cache": num_bytes})
         return
+    require_teacher_fits(teacher, device)
     if request.fresh:
         _require_empty(request.write_cache)
     make_repeatable(request.seed, device)

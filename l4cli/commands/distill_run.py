@@ -237,7 +237,7 @@ def _member(
 def _require_all_fit(ready: Ready) -> None:
     """Each fits alone; refuse when all of them together do not."""
     plans = [member.prepared.plan for member in ready.members]
-    # What the operating system, torch and the batches take is the same for all.
+    # What all of them keep for the backward pass is held at once.
     needed = sum(plan.total_bytes for plan in plans)
     available = plans[0].available_bytes
     if ready.asked is not None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l4cli import terminal
 from l4cli.commands.distill_students import Student
-from l4cli.errors import UsageError
+from l4cli.errors import L4Error, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,21 @@ def prepare_teacher(checkpoint: Path, dtype: str, source: ShardSource) -> Teache
         inference_bytes(config, computed, 0)["weights"],
         flops_per_token(config, source.seq_len, mean_length) / 3,  # forward alone
     )
+
+
+def require_teacher_fits(teacher: Teacher, device: torch.device) -> None:
+    """Refuse a teacher that this machine cannot hold. raises: L4Error"""
+    from l4cli.planning import available_memory
+
+    available = available_memory(str(device))
+    if teacher.num_bytes > available:
+        needed, free = terminal.bytes_text(teacher.num_bytes), terminal.bytes_text(available)
+        more = "" if teacher.dtype == "bf16" else "`--dtype bf16` halves it; or "
+        raise L4Error(
+            f"the teacher `{teacher.checkpoint}` does not fit this machine",
+            why=f"its weights take {needed} in {teacher.dtype}, and {free} is free",
+            fix=f"{more}write its cache on a larger machine: a cache is read anywhere",
+        )
 
 
 def _num_documents(source: ShardSource) -> int:

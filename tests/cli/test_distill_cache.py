@@ -126,6 +126,20 @@ def _text(folder: Path) -> str:
     return "other.txt"
 
 
+def test_a_teacher_larger_than_memory_writes_no_cache(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = tmp_path / "huge"
+    shutil.copytree(teacher.resolve(), huge)
+    config = json.loads((huge / "config.json").read_text())
+    config |= {"num_local_experts": 10**6, "hidden_size": 2**13}
+    (huge / "config.json").write_text(json.dumps(config))
+    words = ["distill", str(data / "text"), "--teacher", str(huge)]
+    assert main([*words, "--write-cache", str(tmp_path / "cache")]) == 1
+    assert "does not fit this machine" in only_error(capsys)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_matching_needs_a_teacher_that_runs(
     data: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
