@@ -5,7 +5,8 @@ in: what the command line said; out: a run folder a student, or a plan under `--
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from l4cli.commands.distill_teacher import (
     prepare_teacher,
     shape_from_teacher,
 )
-from l4cli.errors import L4Error
+from l4cli.errors import L4Error, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +149,10 @@ def prepare(request: Request) -> Ready:
         from l4cli.checkpoint import load_config
 
         teacher_config = load_config(Path(request.teacher))
-    shapes = [_shape(student, teacher_config) for student in students]
+    shapes = []
+    for student in students:
+        with _own_words(student):
+            shapes.append(_shape(student, teacher_config))
     cache = None
     if request.teacher_cache is not None:
         takes_hard = any(student.loss.hard_from_teacher for student in request.students)
@@ -167,10 +171,10 @@ def prepare(request: Request) -> Ready:
     teacher = None
     if teacher_config is not None:
         teacher = prepare_teacher(Path(request.teacher or ""), request.dtype.value, source)
-    members = [
-        _member(request, student, shape, source, num_steps, device)
-        for student, shape in zip(students, shapes, strict=True)
-    ]
+    members = []
+    for student, shape in zip(students, shapes, strict=True):
+        with _own_words(student):
+            members.append(_member(request, student, shape, source, num_steps, device))
     for member in members:
         if member.student.cut is not None:
             assert teacher is not None
@@ -181,6 +185,19 @@ def prepare(request: Request) -> Ready:
     if not request.dry_run:
         _require_all_fit(ready)
     return ready
+
+
+@contextmanager
+def _own_words(student: Student) -> Iterator[None]:
+    """Name keys of a model's config as a student has them: after commas, without `--set`."""
+    try:
+        yield
+    except UsageError as error:
+        what, why, fix = (
+            text.replace("in `--set`", f"of `{student.name}`").replace("`--set ", "`")
+            for text in (error.what, error.why, error.fix)
+        )
+        raise UsageError(what, why=why, fix=fix) from error
 
 
 def _shape(student: Student, teacher: Llama4Config | None) -> Llama4Config:

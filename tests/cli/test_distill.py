@@ -142,7 +142,14 @@ def test_other_tokenizers_are_refused(
         (["--student", "preset:nano", "--teacher", "nowhere/"], "nowhere"),
         (["--student", "preset:nano,lr", "--teacher", "{teacher}"], "`lr` has no `=`"),
         (["--student", "preset:nano,lr=x", "--teacher", "{teacher}"], "lr=x"),
-        (["--student", "preset:nano,hiden_size=8", "--teacher", "{teacher}"], "hidden_size"),
+        (
+            ["--student", "preset:nano,hiden_size=8", "--teacher", "{teacher}"],
+            "`hiden_size` of `nano`",
+        ),
+        (
+            ["--student", "{teacher},name=x,hidden_size=32", "--teacher", "{teacher}"],
+            "leave out `hidden_size=32`",
+        ),
         (["--student", "preset:nano,name=latest", "--teacher", "{teacher}"], "names a folder"),
         (["--student", "preset:nano", "--student", "preset:nano"], "two students are named"),
         (["--student", "preset:nano", "--alpha", "1.5"], "a share is from 0 to 1"),
