@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4cli import terminal
+from l4cli.errors import UsageError
 
 if TYPE_CHECKING:
     from l4cli.commands.distill_request import Request
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 def write(request: Request) -> None:
     """Write the rows that are not in the cache yet; say where it is."""
     from l4cli.commands import shard_training as shared
-    from l4cli.commands.distill_teacher import load_teacher, prepare_teacher
+    from l4cli.commands.distill_teacher import (
+        load_teacher,
+        prepare_teacher,
+        require_teacher_fits,
+    )
     from l4cli.data.teacher_cache import TeacherCache
     from l4cli.data.teacher_cache_writer import CacheOptions, TeacherCacheWriter
     from l4cli.training import data_setup
@@ -46,10 +51,14 @@ def write(request: Request) -> None:
     if request.dry_run:
         terminal.emit({"event": "plan", "num_rows": source.num_rows, "bytes_cache": num_bytes})
         return
+    require_teacher_fits(teacher, device)
+    if request.fresh:
+        _require_empty(request.write_cache)
     make_repeatable(request.seed, device)
     options = CacheOptions(
         teacher=str(request.teacher),
-        teacher_fingerprint=teacher.fingerprint,
+        # Half precision predicts something else: rows of both make no cache.
+        teacher_fingerprint=f"{teacher.fingerprint}-{teacher.dtype}",
         num_exact=1 + request.top_k,
         num_drawn=request.tail_samples,
         temperature=request.temperature,
@@ -74,3 +83,11 @@ def write(request: Request) -> None:
     )
     terminal.emit({"event": "done", "cache": str(request.write_cache), **cache})
     terminal.result(str(request.write_cache))
+
+
+def _require_empty(folder: Path) -> None:
+    """Refuse to continue a cache with `--fresh`."""
+    if folder.is_dir() and any(folder.iterdir()):
+        why = "it holds something already"
+        fix = "choose another folder with `--write-cache`, or remove this one"
+        raise UsageError(f"`--fresh` needs a new or empty folder, not `{folder}`", why=why, fix=fix)

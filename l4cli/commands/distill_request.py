@@ -236,13 +236,16 @@ class Request:
             fix = "add `--student preset:nano`, or `--write-cache CACHE`"
             raise UsageError("no student given", why=why, fix=fix)
         for student in students:
-            self.rate_of(student).check()
             self._check_needs(student)
+        new_teacher = self.new_teacher
+        for member in [*students, *([] if new_teacher is None else [new_teacher])]:
+            self.rate_of(member).check()
 
     def _check_teacher(self) -> None:
         """One source of targets, and what it can be combined with."""
-        if self.teacher is not None and self.teacher_cache is not None:
-            why = "both say what the teacher predicts"
+        are_cut = any(student.cut is not None for student in self.students)
+        if self.teacher is not None and self.teacher_cache is not None and not are_cut:
+            why = "both say what the teacher predicts, and no student is cut from its weights"
             raise UsageError(
                 "`--teacher` and `--teacher-cache` given", why=why, fix="give one of them"
             )
@@ -297,16 +300,16 @@ class Request:
 
     def _check_needs(self, student: Student) -> None:
         """Refuse a student that needs more of a teacher than there is."""
-        has_model = self.teacher is not None
+        has_model = self.teacher is not None and self.teacher_cache is None
         what = f"the student `{student.name}` cannot be trained like this"
-        if student.cut is not None and (not has_model or self.codistill):
+        if student.cut is not None and (self.teacher is None or self.codistill):
             why = "its first weights are to be cut from a teacher that is trained already"
             raise UsageError(what, why=why, fix="add `--teacher CHECKPOINT`")
         if student.loss.match_weight and not has_model:
             why = (
                 "hidden states are matched with those of a teacher that runs, and a cache has none"
             )
-            raise UsageError(what, why=why, fix="add `--teacher CHECKPOINT`")
+            raise UsageError(what, why=why, fix="`--teacher CHECKPOINT`, without a cache")
         if student.loss.needs_teacher and not has_model and self.teacher_cache is None:
             why = "it learns from a teacher's predictions, and no teacher is given"
             fix = "add `--teacher CHECKPOINT` or `--teacher-cache CACHE`, or use `--loss hard`"

@@ -5,7 +5,8 @@ in: what the command line said; out: a run folder a student, or a plan under `--
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from l4cli.commands.distill_students import TEACHER, Student
 from l4cli.commands.distill_teacher import (
     Teacher,
     load_teacher,
+    matched_layers,
+    open_cache,
     prepare_teacher,
     shape_from_teacher,
 )
@@ -67,6 +70,22 @@ class Ready:
         """The folders of several models; one model has the run folder itself."""
         names = [member.student.name for member in self.members]
         return names if len(names) > 1 else []
+
+    @property
+    def asked(self) -> Teacher | None:
+        """The teacher whose predictions are asked for: beside a cache its weights alone are."""
+        return self.teacher if self.cache is None else None
+
+    def teacher_config(self) -> Llama4Config:
+        """The shape of the teacher, trained already or in training."""
+        return self.members[0].config if self.teacher is None else self.teacher.config
+
+    def matched_layers(self, member: Member) -> list[tuple[int, int]]:
+        """Whose states are matched, if any are. raises: UsageError for layers there are not"""
+        student = member.student
+        if student.name == TEACHER or not student.loss.match_weight:
+            return []
+        return matched_layers(student, member.config, self.teacher_config())
 
 
 def run(request: Request) -> None:
@@ -130,8 +149,14 @@ def prepare(request: Request) -> Ready:
         from l4cli.checkpoint import load_config
 
         teacher_config = load_config(Path(request.teacher))
-    shapes = [_shape(student, teacher_config) for student in students]
-    cache = _open_cache(request)
+    shapes = []
+    for student in students:
+        with _own_words(student):
+            shapes.append(_shape(student, teacher_config))
+    cache = None
+    if request.teacher_cache is not None:
+        takes_hard = any(student.loss.hard_from_teacher for student in request.students)
+        cache = open_cache(request.teacher_cache, request.temperature, takes_hard=takes_hard)
     source = data_setup.open_source(
         request.shards,
         seq_len=request.row_tokens,
@@ -139,25 +164,40 @@ def prepare(request: Request) -> Ready:
         micro_batch_size=request.micro_batch_size,
         seed=request.seed,
         attention_chunk_size=shapes[-1].text.attention_chunk_size,
-        passes_at_once=_passes_at_once(shapes, teacher_config, device),
+        passes_at_once=_passes_at_once(shapes, None if cache else teacher_config, device),
         teacher_cache=cache,
     )
     num_steps = request.length.num_steps(source.num_rows, source.batch_size, source.seq_len)
     teacher = None
     if teacher_config is not None:
         teacher = prepare_teacher(Path(request.teacher or ""), request.dtype.value, source)
-    members = [
-        _member(request, student, shape, source, num_steps, device)
-        for student, shape in zip(students, shapes, strict=True)
-    ]
+    members = []
+    for student, shape in zip(students, shapes, strict=True):
+        with _own_words(student):
+            members.append(_member(request, student, shape, source, num_steps, device))
     for member in members:
         if member.student.cut is not None:
             assert teacher is not None
             _plan_cut(member, teacher)
     ready = Ready(members, teacher, cache, source, num_steps, device)
+    for member in members:
+        ready.matched_layers(member)
     if not request.dry_run:
         _require_all_fit(ready)
     return ready
+
+
+@contextmanager
+def _own_words(student: Student) -> Iterator[None]:
+    """Name keys of a model's config as a student has them: after commas, without `--set`."""
+    try:
+        yield
+    except UsageError as error:
+        what, why, fix = (
+            text.replace("in `--set`", f"of `{student.name}`").replace("`--set ", "`")
+            for text in (error.what, error.why, error.fix)
+        )
+        raise UsageError(what, why=why, fix=fix) from error
 
 
 def _shape(student: Student, teacher: Llama4Config | None) -> Llama4Config:
@@ -177,21 +217,6 @@ def _passes_at_once(
 ) -> int:
     models = [*shapes, teacher] if teacher is not None else shapes
     return min(shared.passes_at_once(config, device) for config in models if config is not None)
-
-
-def _open_cache(request: Request) -> TeacherCache | None:
-    if request.teacher_cache is None:
-        return None
-    from l4cli.data.teacher_cache import TeacherCache
-
-    cache = TeacherCache.open(request.teacher_cache)
-    if cache.temperature != request.temperature:
-        raise UsageError(
-            f"cannot use `--temperature {request.temperature:g}`",
-            why=f"the cache was written at {cache.temperature:g}",
-            fix=f"`--temperature {cache.temperature:g}`, or write another cache",
-        )
-    return cache
 
 
 def _member(
@@ -229,19 +254,19 @@ def _member(
 def _require_all_fit(ready: Ready) -> None:
     """Each fits alone; refuse when all of them together do not."""
     plans = [member.prepared.plan for member in ready.members]
-    # What the operating system, torch and the batches take is the same for all.
+    # What all of them keep for the backward pass is held at once.
     needed = sum(plan.total_bytes for plan in plans)
     available = plans[0].available_bytes
-    if ready.teacher is not None:
-        needed += ready.teacher.num_bytes
+    if ready.asked is not None:
+        needed += ready.asked.num_bytes
     if needed <= available:
         return
     parts = [
         f"`{member.student.name}` {terminal.bytes_text(member.prepared.plan.total_bytes)}"
         for member in ready.members
     ]
-    if ready.teacher is not None:
-        parts.append(f"the teacher {terminal.bytes_text(ready.teacher.num_bytes)}")
+    if ready.asked is not None:
+        parts.append(f"the teacher {terminal.bytes_text(ready.asked.num_bytes)}")
     raise L4Error(
         "the models of this run do not fit this machine together",
         why=f"they need {', '.join(parts)}, and {terminal.bytes_text(available)} is free",
@@ -305,7 +330,7 @@ def _identity(request: Request, ready: Ready) -> dict[str, Any]:
 def _describe_teacher(request: Request, ready: Ready) -> None:
     if ready.teacher is not None:
         terminal.say(f"teacher `{ready.teacher.checkpoint}`, {ready.teacher.dtype}")
-    elif ready.cache is not None:
+    if ready.cache is not None:
         terminal.say(f"teacher: cache `{request.teacher_cache}`")
     terminal.say(f"{ready.device.type}; run folder `{request.folder}`")
 
@@ -330,8 +355,8 @@ def _build_loop(request: Request, ready: Ready, folders: Sequence[RunFolder]) ->
     students = [member.student for member in ready.members if member.student.name != TEACHER]
     needs_teacher = any(student.loss.needs_teacher for student in students)
     model = None
-    if ready.teacher is not None and needs_teacher:
-        model = load_teacher(ready.teacher, ready.device)
+    if ready.asked is not None and needs_teacher:
+        model = load_teacher(ready.asked, ready.device)
     objective = Distillation(
         [student.loss for student in students],
         model,
@@ -340,8 +365,8 @@ def _build_loop(request: Request, ready: Ready, folders: Sequence[RunFolder]) ->
     )
     plans = [member.prepared.plan for member in ready.members]
     flops = sum(plan.flops_per_token for plan in plans)
-    if model is not None and ready.teacher is not None:
-        flops += ready.teacher.flops_per_token
+    if model is not None and ready.asked is not None:
+        flops += ready.asked.flops_per_token
     return Loop(
         trainees,
         ready.source,
@@ -362,25 +387,11 @@ def _build_loop(request: Request, ready: Ready, folders: Sequence[RunFolder]) ->
 
 def _match_of(request: Request, ready: Ready, member: Member) -> HiddenMatch | None:
     """The maps from a student's layers to the teacher's, where they are to be matched."""
-    student = member.student
-    if student.name == TEACHER or not student.loss.match_weight:
-        return None
-    from l4cli.training.hidden_match import HiddenMatch, spread_pairs
+    from l4cli.training.hidden_match import HiddenMatch
 
-    teacher = ready.members[0].config if request.codistill else None
-    if ready.teacher is not None:
-        teacher = ready.teacher.config
-    assert teacher is not None
-    depths = member.config.text.num_hidden_layers, teacher.text.num_hidden_layers
-    pairs = student.match or spread_pairs(*depths)
-    for pair in pairs:
-        if not all(0 <= layer < depth for layer, depth in zip(pair, depths, strict=True)):
-            raise UsageError(
-                f"cannot match layer {pair[0]} of `{student.name}` with layer {pair[1]}",
-                why=f"the student has {depths[0]} layers and the teacher {depths[1]}",
-                fix="name layers from 0, the student's first, as in `match=0:1+1:3`",
-            )
-    widths = member.config.text.hidden_size, teacher.text.hidden_size
+    if not (pairs := ready.matched_layers(member)):
+        return None
+    widths = member.config.text.hidden_size, ready.teacher_config().text.hidden_size
     return HiddenMatch(pairs, *widths, seed=request.seed)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from l4cli.training.soft_share import LOSSES, SoftShare, StudentLoss, parse_shar
 
 TEACHER = "teacher"  # the student that is cut from the teacher; the folder of one in training
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not inside a list or an object
-_RESERVED = (TEACHER, "latest")
+_STEP = re.compile(r"latest|step-\d+")  # what a run calls its checkpoints
 
 
 @dataclass(frozen=True)
@@ -82,49 +82,73 @@ def parse_teacher(word: str) -> Student:
 
     raises: UsageError
     """
-    what, settings = _split(word)
+    said = f"--teacher {word}"
+    what, settings = _split(word, said)
     if what == TEACHER:
-        raise _bad(word, "the teacher cannot be cut from itself", "`--teacher preset:mini`")
-    teacher = replace(_shape_of(what, word, None), name=TEACHER)
-    training = _training_of(word, settings)
+        raise _bad(said, "the teacher cannot be cut from itself", "`--teacher preset:mini`")
+    teacher = replace(_shape_of(what, said, None), name=TEACHER)
+    training = _training_of(said, settings)
     return replace(teacher, overrides=_overrides(settings), training=training)
 
 
 def _parse(word: str, defaults: Defaults) -> Student:
-    what, settings = _split(word)
-    student = _shape_of(what, word, defaults.cut)
+    said = f"--student {word}"
+    what, settings = _split(word, said)
+    student = _shape_of(what, said, defaults.cut)
     if (name := settings.pop("name", None)) is not None:
         student = replace(student, name=name)
-    if not _NAME.fullmatch(student.name) or student.name in _RESERVED:
+    if not _NAME.fullmatch(student.name) or _is_taken(student.name):
         raise UsageError(
             f"cannot name a student `{student.name}`",
-            why="it names a folder: letters, digits, `-` and `_`, not `latest` or `teacher`",
+            why="it names a folder: letters, digits, `-` and `_`, and is no step's or teacher's",
             fix=f"`--student {what},name=small`",
         )
-    student = replace(student, cut=_cut_of(student, settings, word))
-    loss = _loss_of(word, settings, defaults)
-    match = _value(word, settings, "match", _parse_pairs)
-    training = _training_of(word, settings)
+    student = replace(student, cut=_cut_of(student, settings, said))
+    loss = _loss_of(said, settings, defaults)
+    match = _value(said, settings, "match", _parse_pairs)
+    if match is not None and not loss.match_weight:
+        why = "`match` names layers whose states are matched, and nothing says how much that counts"
+        raise _bad(said, why, "add `match_weight=0.1`, or leave `match` out")
+    training = _training_of(said, settings)
     overrides = _overrides(settings)
     return replace(student, overrides=overrides, training=training, loss=loss, match=match)
 
 
-def _split(word: str) -> tuple[str, dict[str, str]]:
+def _is_taken(name: str) -> bool:
+    """Whether a run folder has another use for the name."""
+    return name == TEACHER or _STEP.fullmatch(name) is not None
+
+
+def _split(word: str, said: str) -> tuple[str, dict[str, str]]:
     """What stands before the first comma, and the pairs after it."""
-    what, *pairs = _COMMA.split(word)
+    what, *pairs = _parts(word)
     settings: dict[str, str] = {}
     for pair in pairs:
         key, is_pair, value = pair.partition("=")
         if not is_pair:
             fix = f"write `key=value` after the comma, as in `{what},lr=3e-3`"
-            raise _bad(word, f"`{pair}` has no `=`", fix)
+            raise _bad(said, f"`{pair}` has no `=`", fix)
+        if key in settings:
+            raise _bad(said, f"`{key}` is given twice", "leave one of them out")
         settings[key] = value
     return what, settings
 
 
-def _training_of(word: str, settings: dict[str, str]) -> dict[str, Any]:
+def _parts(word: str) -> list[str]:
+    """What commas part, apart from those inside a list or an object."""
+    parts, depth = [""], 0
+    for letter in word:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _training_of(said: str, settings: dict[str, str]) -> dict[str, Any]:
     keys = [key for key in _TRAINING if key in settings]
-    return {key: _value(word, settings, key, _TRAINING[key]) for key in keys}
+    return {key: _value(said, settings, key, _TRAINING[key]) for key in keys}
 
 
 def _overrides(settings: Mapping[str, str]) -> list[str]:
@@ -132,7 +156,7 @@ def _overrides(settings: Mapping[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _shape_of(what: str, word: str, cut: Cut | None) -> Student:
+def _shape_of(what: str, said: str, cut: Cut | None) -> Student:
     if what == TEACHER:
         return Student("student", cut=cut or Cut())
     if what.startswith("preset:"):
@@ -143,31 +167,32 @@ def _shape_of(what: str, word: str, cut: Cut | None) -> Student:
         return Student(path.stem, file=path, cut=cut)
     if not path.exists():
         why = "it is no `preset:NAME`, no `teacher`, and there is no such file or folder"
-        raise _bad(word, why, "`--student preset:nano`")
+        raise _bad(said, why, "`--student preset:nano`")
     if cut is not None:
         why = "`--init-from-teacher` gives first weights, and a checkpoint brings its own"
-        raise _bad(word, why, "leave one of them out")
-    name = path.resolve().parent.name if path.name == "latest" else path.resolve().name
+        raise _bad(said, why, "leave one of them out")
+    folder = path.resolve()
+    name = folder.parent.name if _STEP.fullmatch(folder.name) else folder.name
     return Student(name, checkpoint=path)
 
 
-def _cut_of(student: Student, settings: dict[str, str], word: str) -> Cut | None:
-    layers = _value(word, settings, "layers", _parse_layers)
-    experts = _value(word, settings, "experts", _one_of("merge", "drop"))
+def _cut_of(student: Student, settings: dict[str, str], said: str) -> Cut | None:
+    layers = _value(said, settings, "layers", _parse_layers)
+    experts = _value(said, settings, "experts", _one_of("drop", "merge"))
     if layers is None and experts is None:
         return student.cut
     if student.checkpoint is not None:
         why = "`layers` and `experts` say how to cut the teacher, and a checkpoint has weights"
-        raise _bad(word, why, "leave them out")
+        raise _bad(said, why, "leave them out")
     cut = student.cut or Cut()
     return Cut(layers or cut.layers, experts or cut.experts)
 
 
-def _loss_of(word: str, settings: dict[str, str], defaults: Defaults) -> StudentLoss:
+def _loss_of(said: str, settings: dict[str, str], defaults: Defaults) -> StudentLoss:
     """The student's own words, where it has any, else the command's."""
-    loss = _value(word, settings, "loss", _one_of(*LOSSES)) or defaults.loss
+    loss = _value(said, settings, "loss", _one_of(*LOSSES)) or defaults.loss
     text = settings.pop("alpha", None)
-    own_factor = _value(word, settings, "scaling_factor", _positive)
+    own_factor = _value(said, settings, "scaling_factor", _positive)
     alpha, factor = text or defaults.alpha, own_factor or defaults.factor
     for option, value, own in (
         ("--alpha", alpha, text),
@@ -179,8 +204,8 @@ def _loss_of(word: str, settings: dict[str, str], defaults: Defaults) -> Student
             continue  # said for the students that have both losses
         why = f"it weighs soft targets against hard ones, and the loss is `{loss}`"
         raise UsageError(f"cannot use `{option} {value}`", why=why, fix="`--loss hybrid`")
-    hard = _value(word, settings, "hard_targets", _one_of("data", TEACHER))
-    match_weight = _value(word, settings, "match_weight", _positive)
+    hard = _value(said, settings, "hard_targets", _one_of("data", TEACHER))
+    match_weight = _value(said, settings, "match_weight", _not_negative)
     return StudentLoss(
         loss=loss,
         share=parse_alpha(alpha) if loss == "hybrid" and alpha is not None else None,
@@ -205,14 +230,14 @@ def parse_alpha(text: str) -> SoftShare:
         ) from None
 
 
-def _value(word: str, settings: dict[str, str], key: str, read: Callable[[str], Any]) -> Any:
+def _value(said: str, settings: dict[str, str], key: str, read: Callable[[str], Any]) -> Any:
     text = settings.pop(key, None)
     if text is None:
         return None
     try:
         return read(text)
     except ValueError as error:
-        raise _bad(word, f"`{key}={text}`: {error}", "correct it, or leave it out") from None
+        raise _bad(said, f"`{key}={text}`: {error}", "correct it, or leave it out") from None
 
 
 def _one_of(*choices: str) -> Callable[[str], str]:
@@ -224,29 +249,47 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return read
 
 
+def _kind(kinds: type[StrEnum]) -> Callable[[str], StrEnum]:
+    read = _one_of(*kinds)
+    return lambda text: kinds(read(text))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("it is not a number") from None
+
+
 def _positive(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 < number < float("inf"):
         raise ValueError("it is not above 0")
     return number
 
 
 def _not_negative(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 <= number < float("inf"):
         raise ValueError("it is below 0")
     return number
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError("it is below 0")
+def _share(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise ValueError("it is not from 0 to 1")
     return number
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("it is not a whole number from 0 on")
+    return int(text)
+
+
 def _parse_layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+"))
+    return tuple(map(_count, text.split("+")))
 
 
 def _parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
@@ -254,7 +297,7 @@ def _parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
     pairs = [part.split(":") for part in text.split("+")]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("write pairs such as `0:1+1:3`, the student's layer first")
-    return tuple((int(student), int(teacher)) for student, teacher in pairs)
+    return tuple((_count(student), _count(teacher)) for student, teacher in pairs)
 
 
 # Options of training that a student may have of its own, and how they are read.
@@ -262,13 +305,13 @@ _TRAINING: dict[str, Callable[[str], Any]] = {
     "lr": _positive,
     "min_lr": _not_negative,
     "warmup": _count,
-    "schedule": train.ScheduleKind,
-    "decay_frac": _not_negative,
-    "optim": train.Optim,
+    "schedule": _kind(train.ScheduleKind),
+    "decay_frac": _share,
+    "optim": _kind(train.Optim),
     "weight_decay": _not_negative,
-    "balance": train.BalanceKind,
+    "balance": _kind(train.BalanceKind),
 }
 
 
-def _bad(word: str, why: str, fix: str) -> UsageError:
-    return UsageError(f"cannot use `--student {word}`", why=why, fix=fix)
+def _bad(said: str, why: str, fix: str) -> UsageError:
+    return UsageError(f"cannot use `{said}`", why=why, fix=fix)

@@ -101,7 +101,8 @@ class Run:
         has_own_steps = bool(RunFolder(self.folder).steps())
         if self.members and has_own_steps:
             begun = ["(one model)"]
-        elif not begun or begun == sorted(self.members):
+        # One model's folder may have others' runs below it; its own steps tell that it is one.
+        elif not begun or begun == sorted(self.members) or has_own_steps:
             return
         raise UsageError(
             f"`{self.folder}` holds a run of other models",

@@ -91,8 +91,13 @@ class StudentLoss:
         assert self.loss in LOSSES
 
     @property
+    def reads_predictions(self) -> bool:
+        """Whether what the teacher predicts is among its targets."""
+        return self.loss != "hard" or self.hard_from_teacher
+
+    @property
     def needs_teacher(self) -> bool:
-        return self.loss != "hard" or self.hard_from_teacher or self.match_weight > 0
+        return self.reads_predictions or self.match_weight > 0
 
     def is_burning_in(self, step: int, num_steps: int) -> bool:
         """Whether a step, counted from 0, is among the first ones without the teacher."""

@@ -10,6 +10,7 @@ import pytest
 from tiny_pretrain import metrics_of, only_error, weights_of
 
 from l4cli.cli import main
+from l4cli.commands.distill_students import Defaults, parse_students
 
 
 def distill(data: Path, out: Path, *more: str) -> int:
@@ -101,6 +102,24 @@ def test_a_student_cut_from_the_teacher_begins_ahead(
     assert "the teacher has only 64" in only_error(capsys)
 
 
+def test_experts_are_dropped_unless_merging_is_asked_for(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what = "teacher,num_local_experts=2"
+    for words, told in ((what, "dropped"), (f"{what},experts=merge", "merged")):
+        out = tmp_path / told
+        shape = ["--teacher", str(teacher), "--student", words, "--steps", "1"]
+        assert distill(data, out, *shape) == 0
+        assert f"experts 4 -> 2 {told}" in capsys.readouterr().err
+
+
+def test_a_run_of_one_model_may_have_another_below_it(data: Path, tmp_path: Path) -> None:
+    outer, words = tmp_path / "outer", [*tiny(data), "--loss", "hard"]
+    assert distill(data, outer, *words, "--steps", "1") == 0
+    assert distill(data, outer / "inner", *words, "--steps", "1") == 0
+    assert distill(data, outer, *words, "--steps", "2") == 0
+
+
 def test_pictures(data: Path, tmp_path: Path) -> None:
     """A teacher and a student with vision learn from shards with pictures."""
     shards = str(data / "pictures")
@@ -153,7 +172,14 @@ def test_other_tokenizers_are_refused(
         (["--student", "preset:nano", "--teacher", "nowhere/"], "nowhere"),
         (["--student", "preset:nano,lr", "--teacher", "{teacher}"], "`lr` has no `=`"),
         (["--student", "preset:nano,lr=x", "--teacher", "{teacher}"], "lr=x"),
-        (["--student", "preset:nano,hiden_size=8", "--teacher", "{teacher}"], "hidden_size"),
+        (
+            ["--student", "preset:nano,hiden_size=8", "--teacher", "{teacher}"],
+            "`hiden_size` of `nano`",
+        ),
+        (
+            ["--student", "{teacher},name=x,hidden_size=32", "--teacher", "{teacher}"],
+            "leave out `hidden_size=32`",
+        ),
         (["--student", "preset:nano,name=latest", "--teacher", "{teacher}"], "names a folder"),
         (["--student", "preset:nano", "--student", "preset:nano"], "two students are named"),
         (["--student", "preset:nano", "--alpha", "1.5"], "a share is from 0 to 1"),
@@ -167,6 +193,27 @@ def test_other_tokenizers_are_refused(
         (["--write-cache", "c"], "a cache holds what a teacher predicts"),
         (["--student", "teacher", "--loss", "hard"], "to be cut from a teacher"),
         (["--student", "preset:nano,match=1", "--teacher", "{teacher}"], "write pairs such as"),
+        (["--student", "preset:nano,match=0:1", "--teacher", "{teacher}"], "how much that counts"),
+        (
+            [
+                "--student=preset:nano,match=0:9,match_weight=1,vision_config=null",
+                "--teacher={teacher}",
+            ],
+            "the teacher 2",
+        ),
+        (["--student", "preset:nano,lr=1,lr=2", "--teacher", "{teacher}"], "`lr` is given twice"),
+        (["--student", "preset:nano,schedule=up", "--teacher", "{teacher}"], "`wsd`, `cosine`"),
+        (["--student", "preset:nano,decay_frac=7", "--teacher", "{teacher}"], "not from 0 to 1"),
+        (["--student", "preset:nano,name=step-4", "--teacher", "{teacher}"], "names a folder"),
+        (["--student", "teacher,layers=0+9", "--teacher", "{teacher}"], "it has 2"),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,lr=x"],
+            "cannot use `--teacher",
+        ),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,lr=1,min_lr=2"],
+            "`--lr 1` is below it",
+        ),
     ],
 )
 def test_words_that_cannot_be_meant(
@@ -182,6 +229,17 @@ def test_words_that_cannot_be_meant(
     assert distill(data, out, *words, "--steps", "2") in (1, 2)
     assert why in only_error(capsys)
     assert not out.exists()
+
+
+def test_lists_and_objects_in_a_student() -> None:
+    """A comma inside one, however deep, parts nothing."""
+    words = 'preset:nano,moe_layers=[0,2],rope_scaling={"a":1,"b":{"c":[2,3]},"d":4},name=x'
+    (student,) = parse_students([words], Defaults("hard", None, None, 1.0, "data", 0.0, 0.0, None))
+    assert student.overrides == [
+        "moe_layers=[0,2]",
+        'rope_scaling={"a":1,"b":{"c":[2,3]},"d":4}',
+    ]
+    assert student.name == "x"
 
 
 def test_models_too_large_together_are_refused(

@@ -63,6 +63,19 @@ def test_hard_targets_from_the_cache_are_the_teachers(
     assert weights_of(online) == weights_of(cached)
 
 
+def test_a_cache_without_the_likeliest_token_gives_no_hard_targets(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, cache = str(data / "text"), tmp_path / "cache"
+    words = ["--teacher", str(teacher), "--top-k", "0", "--tail-samples", "2", "-q"]
+    assert main(["distill", shards, *words, "--write-cache", str(cache)]) == 0
+    learn = ["--teacher-cache", str(cache), "--steps", "1"]
+    capsys.readouterr()
+    assert distill(data, tmp_path / "no", *learn, *tiny(data, "hard_targets=teacher")) == 2
+    assert "`--top-k 0`" in only_error(capsys)
+    assert distill(data, tmp_path / "yes", *learn, *tiny(data)) == 0
+
+
 def test_written_again_it_is_finished_and_others_are_refused(
     data: Path, teacher: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,7 +84,12 @@ def test_written_again_it_is_finished_and_others_are_refused(
     assert main([*words, "--top-k", "7", "--tail-samples", "8"]) == 0
     assert "has all rows" in capsys.readouterr().err
     assert main([*words, "--top-k", "3", "--tail-samples", "8"]) == 2
-    assert "4" in only_error(capsys)
+    assert "made with num_exact 8, now it is 4" in only_error(capsys)
+    same = [*words, "--top-k", "7", "--tail-samples", "8"]
+    assert main([*same, "--dtype", "bf16"]) == 2
+    assert "-fp32, now it is" in only_error(capsys)
+    assert main([*same, "--fresh"]) == 2
+    assert "needs a new or empty folder" in only_error(capsys)
 
 
 def test_what_is_wrong_with_a_cache_is_said(
@@ -108,11 +126,43 @@ def _text(folder: Path) -> str:
     return "other.txt"
 
 
+def test_a_teacher_larger_than_memory_writes_no_cache(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = tmp_path / "huge"
+    shutil.copytree(teacher.resolve(), huge)
+    config = json.loads((huge / "config.json").read_text())
+    config |= {"num_local_experts": 10**6, "hidden_size": 2**13}
+    (huge / "config.json").write_text(json.dumps(config))
+    words = ["distill", str(data / "text"), "--teacher", str(huge)]
+    assert main([*words, "--write-cache", str(tmp_path / "cache")]) == 1
+    assert "does not fit this machine" in only_error(capsys)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_matching_needs_a_teacher_that_runs(
     data: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--teacher-cache", str(cache), *tiny(data, "match_weight=0.1"), "--steps", "2"]
     assert distill(data, tmp_path / "run", *words) == 2
+    assert "a cache has none" in only_error(capsys)
+
+
+def test_a_student_cut_from_the_teacher_learns_from_its_cache(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First weights from the one, targets from the other; better from the first step on."""
+    losses = {}
+    rest = ["--student", "teacher,num_local_experts=2", "--steps", "1", "--log-every", "1"]
+    for name, words in {"cached": ["--teacher-cache", str(cache)], "online": []}.items():
+        out = tmp_path / name
+        assert distill(data, out, "--teacher", str(teacher), *words, *rest) == 0
+        losses[name] = metrics_of(out)[0]["data_loss"]
+    assert losses["cached"] == pytest.approx(losses["online"], rel=1e-5)
+    assert losses["cached"] < 4  # a random start has log 320, 5.8
+    capsys.readouterr()
+    both = ["--teacher", str(teacher), "--teacher-cache", str(cache)]
+    assert distill(data, tmp_path / "x", *both, *rest, "--match-weight", "0.1") == 2
     assert "a cache has none" in only_error(capsys)
 
 

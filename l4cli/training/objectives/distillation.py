@@ -117,20 +117,21 @@ class Distillation:
         states = dict.fromkeys(match.student_layers, index_M) if match else None
         own = self._batch_for(student.model, batch)
         h_BTD = student.model.hidden(own, routing=watch, outputs=states)
+        # Whatever other students read: alone or beside them, it computes the same bits.
+        targets = taught.targets if rule.reads_predictions else None
         found = linear_distillation(
             h_BTD.flatten(0, 1)[index_M],
             student.model.lm_head.weight,
             batch.labels.flatten()[index_M],
             batch.loss_weight.flatten()[index_M],
-            taught.targets,
+            targets,
             self._mixing(student, rule),
             first_M=_document_starts(batch, index_M),
         )
-        has_teacher = taught.targets is not None
         figures = {
             name: getattr(found, name)
             for name in _FIGURES
-            if has_teacher or name in ("hard_loss", "data_loss")
+            if targets is not None or name in ("hard_loss", "data_loss")
         }
         losses = {"loss": LossSum(found.loss, weights["loss"], figures)}
         losses |= balance_losses(watch, weights)
