@@ -27,6 +27,7 @@ from l4cli.errors import L4Error, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from l4cli.checkpoint import RunFolder
     from l4cli.commands.distill_request import Request
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from l4cli.training.loop import Loop
 
 COMMAND = "distill"
+_STATES_PER_WIDTH = 16  # tokens for each channel: enough to tell directions apart
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,13 @@ def run(request: Request) -> None:
     try:
         if request.dry_run:
             for member in ready.members:
-                terminal.say(f"`{member.student.name}`:")
                 report.show_dry_run(
                     member.prepared.plan,
                     ready.source,
                     member.prepared.schedule,
                     member.recipe.dtype,
                     ready.device,
+                    name=member.student.name if ready.names else "",
                 )
             return
         make_repeatable(request.seed, ready.device)
@@ -401,12 +403,35 @@ def _start(ready: Ready, loop: Loop) -> None:
     from l4cli.checkpoint.parameters import ParameterReader
     from l4cli.training.student_cut import cut_weights
 
+    moments_DD = _state_moments(ready, loop)
     for member, trainee in zip(ready.members, loop.trainees, strict=True):
         if member.init_from is not None:
             load_weights(trainee.model, member.init_from)
         if member.student.cut is not None:
             assert ready.teacher is not None
             plan = _plan_cut(member, ready.teacher)
-            cut_weights(trainee.model, ParameterReader(ready.teacher.checkpoint), plan)
+            weights = ParameterReader(ready.teacher.checkpoint)
+            cut_weights(trainee.model, weights, plan, moments_DD)
             for line in plan.report():
                 terminal.say(f"`{member.student.name}`: {line}")
+
+
+def _state_moments(ready: Ready, loop: Loop) -> Tensor | None:
+    """Where the teacher's states lie, for narrower students; None without it in memory."""
+    from l4cli.data.loader import eval_batches
+    from l4cli.training.objectives.distillation import Distillation
+    from l4cli.training.residual_basis import state_moments
+
+    assert isinstance(loop.objective, Distillation)
+    model = loop.objective.teacher
+    if model is None or ready.teacher is None:
+        return None
+    width, source = ready.teacher.config.text.hidden_size, ready.source
+    cut = [member for member in ready.members if member.student.cut is not None]
+    if all(member.config.text.hidden_size == width for member in cut):
+        return None
+    num_rows = -(-_STATES_PER_WIDTH * width // source.seq_len)
+    chunk = ready.teacher.config.text.attention_chunk_size
+    batches = eval_batches(source.datasets[0], source.micro_batch_size, chunk, num_rows)
+    terminal.say(f"narrowing along the teacher's states in {num_rows} rows of the shards")
+    return state_moments(model, batches)

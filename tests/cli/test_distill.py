@@ -96,7 +96,9 @@ def test_a_student_cut_from_the_teacher_begins_ahead(
         assert distill(data, tmp_path / name, *words) == 0
         losses.append(metrics_of(tmp_path / name)[-1]["eval_loss"])
     assert losses[1] < losses[0] - 1
-    assert "experts 4 -> 2 " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "experts 4 -> 2 " in error
+    assert "narrowing along the teacher's states in 16 rows" in error
     wide = ["--teacher", str(teacher), "--student", "teacher,hidden_size=128,name=wide"]
     assert distill(data, tmp_path / "wide", *wide, "--steps", "1") == 2
     assert "the teacher has only 64" in only_error(capsys)
