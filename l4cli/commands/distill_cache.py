@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4cli import terminal
+from l4cli.errors import UsageError
 
 if TYPE_CHECKING:
     from l4cli.commands.distill_request import Request
@@ -37,6 +38,13 @@ def write(request: Request) -> None:
         attention_chunk_size=None,
     )
     teacher = prepare_teacher(Path(request.teacher), request.dtype.value, source)
+    most = teacher.config.text.vocab_size - 1
+    if request.top_k > most:
+        raise UsageError(
+            f"cannot use `--top-k {request.top_k}`",
+            why=f"beside the true token there are {most} others",
+            fix=f"`--top-k {most} --tail-samples 0` keeps all of them",
+        )
     num_entries = 1 + request.top_k + request.tail_samples
     num_bytes = source.num_tokens * (4 * num_entries + 2)
     terminal.say(
@@ -52,6 +60,7 @@ def write(request: Request) -> None:
         teacher_fingerprint=teacher.fingerprint,
         num_exact=1 + request.top_k,
         num_drawn=request.tail_samples,
+        dtype=teacher.dtype,
         temperature=request.temperature,
         seed=request.seed,
     )

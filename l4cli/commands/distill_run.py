@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from l4cli import terminal
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_report as report
-from l4cli.commands.distill_students import TEACHER, Student
+from l4cli.commands.distill_students import TEACHER, Student, in_words_of
 from l4cli.commands.distill_teacher import (
     Teacher,
     load_teacher,
+    pairs_to_match,
     prepare_teacher,
     shape_from_teacher,
 )
@@ -130,7 +131,10 @@ def prepare(request: Request) -> Ready:
         from l4cli.checkpoint import load_config
 
         teacher_config = load_config(Path(request.teacher))
-    shapes = [_shape(student, teacher_config) for student in students]
+    shapes = []
+    for student in students:
+        with in_words_of(student):
+            shapes.append(_shape(student, teacher_config))
     cache = _open_cache(request)
     source = data_setup.open_source(
         request.shards,
@@ -146,15 +150,17 @@ def prepare(request: Request) -> Ready:
     teacher = None
     if teacher_config is not None:
         teacher = prepare_teacher(Path(request.teacher or ""), request.dtype.value, source)
-    members = [
-        _member(request, student, shape, source, num_steps, device)
-        for student, shape in zip(students, shapes, strict=True)
-    ]
-    for member in members:
-        if member.student.cut is not None:
-            assert teacher is not None
-            _plan_cut(member, teacher)
+    members = []
+    for student, shape in zip(students, shapes, strict=True):
+        with in_words_of(student):
+            member = _member(request, student, shape, source, num_steps, device)
+            if student.cut is not None:
+                assert teacher is not None
+                _plan_cut(member, teacher)
+        members.append(member)
     ready = Ready(members, teacher, cache, source, num_steps, device)
+    for member in members:
+        _pairs_of(request, ready, member)
     if not request.dry_run:
         _require_all_fit(ready)
     return ready
@@ -185,6 +191,13 @@ def _open_cache(request: Request) -> TeacherCache | None:
     from l4cli.data.teacher_cache import TeacherCache
 
     cache = TeacherCache.open(request.teacher_cache)
+    hard_from_teacher = any(student.loss.hard_from_teacher for student in request.students)
+    if hard_from_teacher and cache.num_exact == 1:
+        raise UsageError(
+            "cannot use `--hard-targets teacher`",
+            why="the cache was written with `--top-k 0` and knows no token to be the likeliest",
+            fix="`--hard-targets data`, or write another cache",
+        )
     if cache.temperature != request.temperature:
         raise UsageError(
             f"cannot use `--temperature {request.temperature:g}`",
@@ -361,26 +374,27 @@ def _build_loop(request: Request, ready: Ready, folders: Sequence[RunFolder]) ->
 
 def _match_of(request: Request, ready: Ready, member: Member) -> HiddenMatch | None:
     """The maps from a student's layers to the teacher's, where they are to be matched."""
-    student = member.student
-    if student.name == TEACHER or not student.loss.match_weight:
-        return None
-    from l4cli.training.hidden_match import HiddenMatch, spread_pairs
+    from l4cli.training.hidden_match import HiddenMatch
 
-    teacher = ready.members[0].config if request.codistill else None
-    if ready.teacher is not None:
-        teacher = ready.teacher.config
-    assert teacher is not None
-    depths = member.config.text.num_hidden_layers, teacher.text.num_hidden_layers
-    pairs = student.match or spread_pairs(*depths)
-    for pair in pairs:
-        if not all(0 <= layer < depth for layer, depth in zip(pair, depths, strict=True)):
-            raise UsageError(
-                f"cannot match layer {pair[0]} of `{student.name}` with layer {pair[1]}",
-                why=f"the student has {depths[0]} layers and the teacher {depths[1]}",
-                fix="name layers from 0, the student's first, as in `match=0:1+1:3`",
-            )
+    pairs = _pairs_of(request, ready, member)
+    if not pairs:
+        return None
+    teacher = _config_of_teacher(request, ready)
     widths = member.config.text.hidden_size, teacher.text.hidden_size
     return HiddenMatch(pairs, *widths, seed=request.seed)
+
+
+def _pairs_of(request: Request, ready: Ready, member: Member) -> Sequence[tuple[int, int]]:
+    if member.student.name == TEACHER or not member.student.loss.match_weight:
+        return ()
+    return pairs_to_match(member.student, member.config, _config_of_teacher(request, ready))
+
+
+def _config_of_teacher(request: Request, ready: Ready) -> Llama4Config:
+    if request.codistill:
+        return ready.members[0].config
+    assert ready.teacher is not None
+    return ready.teacher.config
 
 
 def _start(ready: Ready, loop: Loop) -> None:

@@ -6,19 +6,26 @@ in: words such as `preset:nano,name=dense,lr=4e-3,num_local_experts=2`; out: a `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from l4cli.commands import training_options as train
-from l4cli.errors import UsageError
+from l4cli.errors import L4Error, UsageError
 from l4cli.training.soft_share import LOSSES, SoftShare, StudentLoss, parse_share
 
 TEACHER = "teacher"  # the student that is cut from the teacher; the folder of one in training
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not inside a list or an object
 _RESERVED = (TEACHER, "latest")
+# What stands after the commas and is neither of training nor of the model's config.
+_ONLY_STUDENTS = frozenset(
+    {"name", "layers", "experts", "loss", "alpha", "scaling_factor", "hard_targets"}
+    | {"match", "match_weight"}
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Cut:
     """How first weights are taken from the teacher."""
 
     layers: tuple[int, ...] | None = None
-    experts: str = "merge"
+    experts: str = "drop"  # of a teacher trained from scratch an average keeps nothing
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,11 @@ class Student:
     match: tuple[tuple[int, int], ...] | None = None  # layers; None: spread over the depth
 
     @property
-    def shape_name(self) -> str:
-        """What the shape comes from, for messages."""
-        return str(self.file or self.checkpoint or self.preset or TEACHER)
+    def word(self) -> str:
+        """What the command line names the shape by, for messages."""
+        option = "--teacher" if self.name == TEACHER else "--student"
+        preset = f"preset:{self.preset}" if self.preset else None
+        return f"{option} {self.file or self.checkpoint or preset or TEACHER}"
 
 
 @dataclass(frozen=True)
@@ -82,12 +91,38 @@ def parse_teacher(word: str) -> Student:
 
     raises: UsageError
     """
-    what, settings = _split(word)
-    if what == TEACHER:
-        raise _bad(word, "the teacher cannot be cut from itself", "`--teacher preset:mini`")
-    teacher = replace(_shape_of(what, word, None), name=TEACHER)
-    training = _training_of(word, settings)
+    try:
+        what, settings = _split(word)
+        if what == TEACHER:
+            raise _bad(word, "the teacher cannot be cut from itself", "`--teacher preset:mini`")
+        teacher = replace(_shape_of(what, word, None), name=TEACHER)
+        if own := _ONLY_STUDENTS & settings.keys():
+            why = f"`{sorted(own)[0]}` is a student's, and this teacher learns from the data alone"
+            raise _bad(word, why, "leave it out")
+        training = _training_of(word, settings)
+    except UsageError as error:
+        error.what = error.what.replace("--student", "--teacher")
+        error.fix = error.fix.replace("--student", "--teacher")
+        raise
     return replace(teacher, overrides=_overrides(settings), training=training)
+
+
+@contextmanager
+def in_words_of(student: Student) -> Iterator[None]:
+    """Inside, errors about a model name the options of this command."""
+    try:
+        yield
+    except L4Error as error:
+        # Elsewhere `--set` has the keys that stand after the commas here.
+        error.what = re.sub(r"`--set (.+?)`", rf"`\1` in `{student.word}`", error.what)
+        error.fix = re.sub(r"`--set (.+?)`", r"`\1`", error.fix)
+        words = {"`--set`": f"`{student.word}`", "`--preset ": "`--student preset:"}
+        if student.cut is not None and not (student.preset or student.file):
+            words["leave `--init-from-teacher` out"] = "begin with another shape than `teacher`"
+        for theirs, ours in words.items():
+            error.what = error.what.replace(theirs, ours)
+            error.fix = error.fix.replace(theirs, ours)
+        raise
 
 
 def _parse(word: str, defaults: Defaults) -> Student:
@@ -104,6 +139,9 @@ def _parse(word: str, defaults: Defaults) -> Student:
     student = replace(student, cut=_cut_of(student, settings, word))
     loss = _loss_of(word, settings, defaults)
     match = _value(word, settings, "match", _parse_pairs)
+    if match is not None and not loss.match_weight:
+        why = "`match` names layers, and how much their distance counts is 0"
+        raise _bad(word, why, "add `--match-weight 1`, or leave it out")
     training = _training_of(word, settings)
     overrides = _overrides(settings)
     return replace(student, overrides=overrides, training=training, loss=loss, match=match)
@@ -224,29 +262,49 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return read
 
 
+def _member_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
+    """Read a choice of one of the command's own options."""
+    read = _one_of(*kind)
+    return lambda text: kind(read(text))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("it is not a number") from None
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"`{text}` is not a whole number") from None
+
+
 def _positive(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 < number < float("inf"):
         raise ValueError("it is not above 0")
     return number
 
 
 def _not_negative(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 <= number < float("inf"):
-        raise ValueError("it is below 0")
+        raise ValueError("it is not 0 or above")
     return number
 
 
 def _count(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if number < 0:
         raise ValueError("it is below 0")
     return number
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+"))
+    return tuple(_whole(part) for part in text.split("+"))
 
 
 def _parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
@@ -254,7 +312,7 @@ def _parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
     pairs = [part.split(":") for part in text.split("+")]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("write pairs such as `0:1+1:3`, the student's layer first")
-    return tuple((int(student), int(teacher)) for student, teacher in pairs)
+    return tuple((_whole(student), _whole(teacher)) for student, teacher in pairs)
 
 
 # Options of training that a student may have of its own, and how they are read.
@@ -262,11 +320,11 @@ _TRAINING: dict[str, Callable[[str], Any]] = {
     "lr": _positive,
     "min_lr": _not_negative,
     "warmup": _count,
-    "schedule": train.ScheduleKind,
+    "schedule": _member_of(train.ScheduleKind),
     "decay_frac": _not_negative,
-    "optim": train.Optim,
+    "optim": _member_of(train.Optim),
     "weight_decay": _not_negative,
-    "balance": train.BalanceKind,
+    "balance": _member_of(train.BalanceKind),
 }
 
 

@@ -5,6 +5,7 @@ in: a checkpoint, opened shards; out: a `Teacher`, its model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,12 @@ def shape_from_teacher(student: Student, teacher: Llama4Config) -> Llama4Config:
     if layers is None:
         wanted = [w.partition("=")[2] for w in student.overrides if w.startswith(_DEPTH)]
         count = int(wanted[-1]) if wanted and wanted[-1].isdigit() else depth
+        if count > depth:
+            raise UsageError(
+                f"cannot cut {count} layers from the teacher",
+                why=f"it has {depth}",
+                fix=f"`num_hidden_layers={depth}` or less, or name another shape than `teacher`",
+            )
         # Its last layers: a pattern of layers without positions ends with one of them.
         layers = tuple(range(depth))[-count:] if 0 < count < depth else tuple(range(depth))
     if not all(0 <= layer < depth for layer in layers):
@@ -89,3 +96,21 @@ def shape_from_teacher(student: Student, teacher: Llama4Config) -> Llama4Config:
             fix=f"name layers from 0 to {depth - 1}, as in `layers=0+{depth - 1}`",
         )
     return with_layers(teacher, layers)
+
+
+def pairs_to_match(
+    student: Student, config: Llama4Config, teacher: Llama4Config
+) -> Sequence[tuple[int, int]]:
+    """The layers of a student and of its teacher whose states are matched. raises: UsageError"""
+    from l4cli.training.hidden_match import spread_pairs
+
+    depths = config.text.num_hidden_layers, teacher.text.num_hidden_layers
+    pairs = student.match or spread_pairs(*depths)
+    for pair in pairs:
+        if not all(0 <= layer < depth for layer, depth in zip(pair, depths, strict=True)):
+            raise UsageError(
+                f"cannot match layer {pair[0]} of `{student.name}` with layer {pair[1]}",
+                why=f"the student has {depths[0]} layers and the teacher {depths[1]}",
+                fix="name layers from 0, the student's first, as in `match=0:1+1:3`",
+            )
+    return pairs
