@@ -71,6 +71,16 @@ def test_hard_targets_of_the_data_need_no_teacher(data: Path, tmp_path: Path) ->
     assert weights_of(tmp_path / "hard") == weights_of(tmp_path / "plain")
 
 
+def test_experts_are_dropped_unless_merging_is_asked_for(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--teacher", str(teacher), "--init-from-teacher", "--steps", "2"]
+    for verb, more in (("dropped", []), ("merged", ["experts=merge"])):
+        few = tiny(data, "num_local_experts=2", *more)
+        assert distill(data, tmp_path / verb, *words, *few) == 0
+        assert f"experts 4 -> 2 {verb}" in capsys.readouterr().err
+
+
 def test_pictures(data: Path, tmp_path: Path) -> None:
     """A teacher and a student with vision learn from shards with pictures."""
     shards = str(data / "pictures")
@@ -137,6 +147,45 @@ def test_other_tokenizers_are_refused(
         (["--write-cache", "c"], "a cache holds what a teacher predicts"),
         (["--student", "teacher", "--loss", "hard"], "to be cut from a teacher"),
         (["--student", "preset:nano,match=1", "--teacher", "{teacher}"], "write pairs such as"),
+        (["--student", "teacher,match=0:1", "--teacher", "{teacher}"], "add `--match-weight 1`"),
+        (
+            ["--student", "teacher,match=0:9,match_weight=1", "--teacher", "{teacher}"],
+            "cannot match layer 0 of `student` with layer 9",
+        ),
+        (["--student", "teacher,lr=x", "--teacher", "{teacher}"], "`lr=x`: it is not a number"),
+        (["--student", "teacher,warmup=1.5", "--teacher", "{teacher}"], "not a whole number"),
+        (["--student", "teacher,optim=sgd", "--teacher", "{teacher}"], "none of `muon`, `adamw`"),
+        (
+            ["--student", "teacher,hiden=8", "--teacher", "{teacher}"],
+            "unknown key `hiden` in `--student teacher`",
+        ),
+        (
+            ["--student", "teacher,hidden_size=x", "--teacher", "{teacher}"],
+            "cannot use `hidden_size=x` in `--student teacher`",
+        ),
+        (
+            ["--student", "teacher,hidden_size=2048", "--teacher", "{teacher}"],
+            "begin with another shape than `teacher`",
+        ),
+        (
+            ["--student", "teacher,num_hidden_layers=9", "--teacher", "{teacher}"],
+            "cannot cut 9 layers from the teacher",
+        ),
+        (["--student", "preset:maverick", "--teacher", "{teacher}"], "`--student preset:small`"),
+        (["--student", "teacher", "--codistill", "--teacher", "{teacher}"], "out `--codistill`"),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,lr=x"],
+            "cannot use `--teacher preset:nano,lr=x`",
+        ),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,alpha=1"],
+            "`alpha` is a student's",
+        ),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,foo=1"],
+            "unknown key `foo` in `--teacher preset:nano`",
+        ),
+        (["--student", "teacher", "--teacher", "{teacher}", "--top-k", "3"], "what a cache keeps"),
     ],
 )
 def test_words_that_cannot_be_meant(
