@@ -20,6 +20,7 @@ from l4cli.commands.distill_samples_request import SamplesRequest as SamplesRequ
 from l4cli.commands.needle_options import Api
 from l4cli.commands.options import default_window
 from l4cli.errors import L4Error, UsageError
+from l4cli.posttraining.answer_journal import SUMMARY
 
 if TYPE_CHECKING:
     from l4cli.posttraining.answer_journal import AnswerJournal
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from l4cli.posttraining.sample_shards import SampleShards
     from l4cli.text import Tokenizer
 
-SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
+SAMPLES = "samples.jsonl"
 # In errors of the client, which `needle-test` wrote first.
 _OPTION_NAMES = {
     "`--endpoint`": "`--teacher-endpoint`",

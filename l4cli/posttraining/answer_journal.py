@@ -18,6 +18,7 @@ from l4cli.errors import L4Error, UsageError
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
+SUMMARY = "summary.json"  # written last
 FORMAT = "l4-answers-1"
 
 Key = tuple[str | int, int]  # the prompt's id, the number of the sample
@@ -136,6 +137,24 @@ def settings_of_answers(folder: Path) -> dict[str, Any] | None:
     """How the answers in a folder were asked for; None while there is none to be mixed up."""
     answers = folder / ANSWERS
     return read_settings(folder) if answers.exists() and answers.stat().st_size else None
+
+
+def describe_answers(folder: Path) -> dict[str, Any]:
+    """What people and tools want to know about a folder of answers. raises: L4Error"""
+    settings = read_settings(folder)
+    journal = AnswerJournal.open(folder, settings or {}, only_reads=True)
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = None  # stopped before it was written
+    figures = summary if isinstance(summary, dict) else {}
+    return {
+        "num_answers": len(journal),
+        "is_finished": bool(figures),
+        **{k: v for k, v in figures.items() if k.startswith("num_")},
+        "shards": figures.get("shards"),
+        "settings": settings,
+    }
 
 
 def _require_same(folder: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:

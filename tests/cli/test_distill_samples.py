@@ -327,6 +327,10 @@ def test_the_command_asks_a_server(tmp_path: Path, capsys: pytest.CaptureFixture
         capsys.readouterr()
         assert main(ask_it) == 0  # in the folder of the slip
         assert capsys.readouterr().out == f"{out}\n"
+    assert main(["info", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["num_answers"], facts["num_kept"]) == ("answers", 3, 3)
+    assert facts["settings"]["teacher"] == "reader"
     assert len(rows_of(out)) == 3
     assert ShardSet.open(out / "shards").seq_len == 64
 
