@@ -287,7 +287,10 @@ def _is_made(out: Path, made_with: dict[str, Any]) -> bool:
     summary = _read_summary(out)
     if summary is None or summary.get("made_with") != made_with:
         return False
-    return (out / SAMPLES).exists() and (not summary.get("shards") or (out / "shards").exists())
+    packed = summary.get("shards")
+    folders = ["shards"] if packed else []
+    folders += ["cache"] if packed and packed.get("num_soft_targets") else []
+    return all((out / name).exists() for name in (SAMPLES, *folders))
 
 
 def _read_summary(out: Path) -> dict[str, Any] | None:
