@@ -274,11 +274,12 @@ class Request:
 
     def _check_used(self, defaults: Mapping[str, Any]) -> None:
         """Refuse options that would change nothing. `defaults`: of the command's parameters."""
-        names, why, fix = _CACHE, "it says what a cache keeps", "add `--write-cache CACHE`"
+        names: tuple[str, ...] = _CACHE
+        why, fix = "it says what a cache keeps", "or add `--write-cache CACHE`"
         if self.samples is not None:
             names = (*_TRAINING, *_CACHE, *_PREDICTING, "write_cache", "teacher_cache")
             why = "first the teacher answers, then students learn"
-            fix = "afterwards give it to `l4 distill OUT/shards --teacher-cache OUT/cache ...`"
+            fix = "then give it to `l4 distill OUT/shards --teacher-cache OUT/cache ...`"
         elif self.write_cache is not None:
             names = (*_TRAINING, "out", "fresh")
             why = "`--write-cache` trains nothing"
@@ -287,11 +288,11 @@ class Request:
             if getattr(self, name) == defaults[name]:
                 continue
             if name == "temperature":
-                fix = "answers are drawn at `--sampling-temperature`"
+                fix = "or say `--sampling-temperature`, which answers are drawn at"
             elif name == "fresh":
-                why, fix = "a cache is continued", "name a new folder"
+                why, fix = "a cache is always continued", "or name a new folder"
             what = f"cannot use `{option_of(name)}` here"
-            raise UsageError(what, why=why, fix=f"leave it out; {fix}")
+            raise UsageError(what, why=why, fix=f"leave it out, {fix}")
 
     def _check_answers(self) -> None:
         if len(self.shards) > 1:

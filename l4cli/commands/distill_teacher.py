@@ -43,8 +43,13 @@ def prepare_teacher(checkpoint: Path, dtype: str, source: ShardSource) -> Teache
 
     config = load_config(checkpoint)
     model_setup.require_same_tokenizer(checkpoint, source.tokenizer())
-    data_setup.require_geometry(config, source.datasets)
-    data_setup.require_context(config, source.seq_len)
+    try:
+        data_setup.require_geometry(config, source.datasets)
+        data_setup.require_context(config, source.seq_len)
+    except UsageError as error:
+        what = error.what.replace("the model", f"the teacher `{checkpoint}`")
+        fix = "take another teacher, or pack shards that it can read"
+        raise UsageError(what, why=error.why, fix=fix) from error
     computed = _DTYPES[dtype]
     mean_length = source.num_tokens / max(1, _num_documents(source))
     return Teacher(

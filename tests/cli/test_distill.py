@@ -81,7 +81,9 @@ def test_experts_are_dropped_unless_merging_is_asked_for(
         assert f"experts 4 -> 2 {verb}" in capsys.readouterr().err
 
 
-def test_pictures(data: Path, tmp_path: Path) -> None:
+def test_pictures(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A teacher and a student with vision learn from shards with pictures."""
     shards = str(data / "pictures")
     shape = ["--set", "num_hidden_layers=2", "--steps", "2", "--batch-size", "2", "-q"]
@@ -94,6 +96,10 @@ def test_pictures(data: Path, tmp_path: Path) -> None:
     blind = [*run[:4], "--student", student + ",vision_config=null", *run[6:]]
     blind[blind.index(str(tmp_path / "small"))] = str(tmp_path / "blind")
     assert main(blind) == 2
+    capsys.readouterr()
+    words = ["--teacher", str(teacher), "--student", "preset:nano", "-o", str(tmp_path / "run")]
+    assert main(["distill", shards, *words, "--steps", "2"]) == 2
+    assert f"the teacher `{teacher}` has no vision" in only_error(capsys)
 
 
 def test_codistilling_trains_both(data: Path, tmp_path: Path) -> None:
