@@ -239,6 +239,9 @@ class Request:
                 why="soft targets count times this",
                 fix="`--scaling-factor 1`, or `--loss hard` without soft targets",
             )
+        if self.match_weight == float("inf"):
+            why = "no other loss would count"
+            raise UsageError("cannot use `--match-weight inf`", why=why, fix="`--match-weight 1`")
         if self.alpha is not None:
             parse_alpha(self.alpha)
         self._check_teacher()
@@ -266,6 +269,11 @@ class Request:
         if self.codistill and self.teacher is None:
             why = "`--codistill` trains a teacher"
             raise UsageError("no teacher given", why=why, fix="add `--teacher preset:mini`")
+        is_shape = self.teacher is not None and self.teacher.startswith("preset:")
+        if is_shape and not self.codistill:
+            why = "a preset has no weights to predict with"
+            fix = "name a checkpoint, or add `--codistill` to train the teacher, too"
+            raise UsageError(f"cannot use `--teacher {self.teacher}`", why=why, fix=fix)
         if self.burn_in and not self.codistill:
             why = "a teacher that is not in training has nothing to learn first"
             raise UsageError(

@@ -21,6 +21,12 @@ TEACHER = "teacher"  # the student that is cut from the teacher; the folder of o
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not inside a list or an object
 _RESERVED = (TEACHER, "latest")
+# Options of the command that no student has for itself.
+_OF_ALL = frozenset(
+    {"temperature", "burn_in", "init_from_teacher", "steps", "tokens", "epochs", "seq_len"}
+    | {"batch_size", "micro_batch_size", "decay_shape", "clip_grad", "dtype", "balance_rate"}
+    | {"seed", "save_every", "eval_every", "eval_data", "log_every"}
+)
 # What stands after the commas and is neither of training nor of the model's config.
 _ONLY_STUDENTS = frozenset(
     {"name", "layers", "experts", "loss", "alpha", "scaling_factor", "hard_targets"}
@@ -156,6 +162,11 @@ def _split(word: str) -> tuple[str, dict[str, str]]:
         if not is_pair:
             fix = f"write `key=value` after the comma, as in `{what},lr=3e-3`"
             raise _bad(word, f"`{pair}` has no `=`", fix)
+        if key in settings:
+            raise _bad(word, f"`{key}` is given twice", "give it once")
+        if key in _OF_ALL:
+            option = "--" + key.replace("_", "-")
+            raise _bad(word, f"`{key}` is the same for all models", f"use `{option}` for it")
         settings[key] = value
     return what, settings
 
@@ -179,8 +190,8 @@ def _shape_of(what: str, word: str, cut: Cut | None) -> Student:
     path = Path(what)
     if path.suffix == ".json":
         return Student(path.stem, file=path, cut=cut)
-    if not path.exists():
-        why = "it is no `preset:NAME`, no `teacher`, and there is no such file or folder"
+    if not what or not path.is_dir():
+        why = "it is no `preset:NAME`, no `teacher`, no `config.json`, and there is no such folder"
         raise _bad(word, why, "`--student preset:nano`")
     if cut is not None:
         why = "`--init-from-teacher` gives first weights, and a checkpoint brings its own"
@@ -218,7 +229,7 @@ def _loss_of(word: str, settings: dict[str, str], defaults: Defaults) -> Student
         why = f"it weighs soft targets against hard ones, and the loss is `{loss}`"
         raise UsageError(f"cannot use `{option} {value}`", why=why, fix="`--loss hybrid`")
     hard = _value(word, settings, "hard_targets", _one_of("data", TEACHER))
-    match_weight = _value(word, settings, "match_weight", _positive)
+    match_weight = _value(word, settings, "match_weight", _not_negative)
     return StudentLoss(
         loss=loss,
         share=parse_alpha(alpha) if loss == "hybrid" and alpha is not None else None,

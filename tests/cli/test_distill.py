@@ -135,7 +135,7 @@ def test_other_tokenizers_are_refused(
         ([], "no student given"),
         (["--student", "preset:nano"], "no teacher is given"),
         (["--student", "preset:nono", "--teacher", "{teacher}"], "unknown preset `nono`"),
-        (["--student", "nowhere/", "--teacher", "{teacher}"], "no such file or folder"),
+        (["--student", "nowhere/", "--teacher", "{teacher}"], "there is no such folder"),
         (["--student", "preset:nano", "--teacher", "nowhere/"], "nowhere"),
         (["--student", "preset:nano,lr", "--teacher", "{teacher}"], "`lr` has no `=`"),
         (["--student", "preset:nano,lr=x", "--teacher", "{teacher}"], "lr=x"),
@@ -192,6 +192,14 @@ def test_other_tokenizers_are_refused(
             "unknown key `foo` in `--teacher preset:nano`",
         ),
         (["--student", "teacher", "--teacher", "{teacher}", "--top-k", "3"], "what a cache keeps"),
+        (["--student", "teacher,lr=1,lr=2", "--teacher", "{teacher}"], "`lr` is given twice"),
+        (["--student", "teacher,steps=2", "--teacher", "{teacher}"], "use `--steps` for it"),
+        (["--student", "", "--teacher", "{teacher}"], "there is no such folder"),
+        (["--student", "teacher", "--teacher", "preset:nano"], "add `--codistill`"),
+        (
+            ["--student", "teacher", "--teacher", "{teacher}", "--match-weight", "inf"],
+            "cannot use `--match-weight inf`",
+        ),
     ],
 )
 def test_words_that_cannot_be_meant(
