@@ -237,6 +237,14 @@ def test_another_set_of_students_is_another_run(
     words = ["--teacher", str(teacher), "--steps", "2"]
     assert distill(data, out, *words, *tiny(data, "name=a"), *tiny(data, "name=b")) == 0
     capsys.readouterr()
+    one = tmp_path / "one"
+    assert distill(data, one, *words, *tiny(data, "name=a")) == 0
+    capsys.readouterr()
+    assert distill(data, one, *words, *tiny(data, "name=a"), *tiny(data, "name=b")) == 2
+    assert "it trains one model" in only_error(capsys)
+    of_two = ["--teacher", str(out), "--steps", "2", *tiny(data)]
+    assert distill(data, tmp_path / "next", *of_two) == 1
+    assert f"pass one of `{out / 'a'}`, `{out / 'b'}`" in only_error(capsys)
     assert distill(data, out, *words, *tiny(data, "name=a"), *tiny(data, "name=c")) == 2
     assert "it trains `a`, `b`" in only_error(capsys)
     assert distill(data, out, *words, *tiny(data, "name=a")) == 2
