@@ -101,6 +101,12 @@ class TeacherCacheWriter:
             is_signal = kind is not None and issubclass(kind, (KeyboardInterrupt, Terminated))
             if is_signal and self._held:
                 self._write_part()
+            if is_signal:
+                datasets = self.index["datasets"]
+                rows = sum(part["rows"] for dataset in datasets for part in dataset["parts"])
+                total = sum(dataset["num_rows"] for dataset in datasets)
+                kept = f"{rows} of {total} rows are kept in `{self.folder}`"
+                terminal.say(f"{kept}; the same command again writes the rest")
         finally:
             self._drop_lock()
 
