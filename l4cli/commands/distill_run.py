@@ -69,6 +69,12 @@ class Ready:
         names = [member.student.name for member in self.members]
         return names if len(names) > 1 else []
 
+    @property
+    def num_bytes(self) -> int:
+        """What all of them take together, with the teacher."""
+        num_bytes = sum(member.prepared.plan.total_bytes for member in self.members)
+        return num_bytes + (0 if self.teacher is None else self.teacher.num_bytes)
+
 
 def run(request: Request) -> None:
     """Train, from the beginning or from where the folder's run stands."""
@@ -79,14 +85,19 @@ def run(request: Request) -> None:
     try:
         if request.dry_run:
             for member in ready.members:
-                terminal.say(f"`{member.student.name}`:")
                 report.show_dry_run(
                     member.prepared.plan,
                     ready.source,
                     member.prepared.schedule,
                     member.recipe.dtype,
                     ready.device,
+                    member.student.name if ready.names else "",
                 )
+            available = ready.members[0].prepared.plan.available_bytes
+            terminal.say(
+                f"all models together {terminal.bytes_text(ready.num_bytes)}, "
+                f"{terminal.bytes_text(available)} is free"
+            )
             return
         make_repeatable(request.seed, ready.device)
         settings = {
@@ -242,12 +253,8 @@ def _member(
 def _require_all_fit(ready: Ready) -> None:
     """Each fits alone; refuse when all of them together do not."""
     plans = [member.prepared.plan for member in ready.members]
-    # What the operating system, torch and the batches take is the same for all.
-    needed = sum(plan.total_bytes for plan in plans)
     available = plans[0].available_bytes
-    if ready.teacher is not None:
-        needed += ready.teacher.num_bytes
-    if needed <= available:
+    if ready.num_bytes <= available:
         return
     parts = [
         f"`{member.student.name}` {terminal.bytes_text(member.prepared.plan.total_bytes)}"

@@ -40,9 +40,17 @@ def describe(name: str, plan: TrainingPlan, source: ShardSource, schedule: Sched
 
 
 def show_dry_run(
-    plan: TrainingPlan, source: ShardSource, schedule: Schedule, dtype: str, device: torch.device
+    plan: TrainingPlan,
+    source: ShardSource,
+    schedule: Schedule,
+    dtype: str,
+    device: torch.device,
+    model: str = "",
 ) -> None:
-    """Print what the run would take; nothing was allocated and nothing is written."""
+    """Print what the run would take; nothing was allocated and nothing is written.
+
+    `model`: the name of one of several, as in the lines of steps.
+    """
     from l4cli.planning import TYPICAL_MFU, gemm_rate
 
     num_tokens = schedule.num_steps * plan.tokens_per_step
@@ -60,9 +68,10 @@ def show_dry_run(
     }
     sizes = {**plan.bytes_by_class, "total": plan.total_bytes, "available": plan.available_bytes}
     in_bytes = {f"bytes_{name}": size for name, size in sizes.items()}
-    terminal.emit({"event": "plan", **figures, **in_bytes, "fits": plan.fits, "time_s": time_s})
+    event = {"event": "plan", **figures, **in_bytes, "fits": plan.fits, "time_s": time_s}
+    terminal.emit(event | ({"model": model} if model else {}))
     rows = [(name, terminal.count_text(value)) for name, value in figures.items()]
     rows += [(name, terminal.bytes_text(size)) for name, size in in_bytes.items()]
     rows += [("fits", "yes" if plan.fits else "no")]
     rows += [("time", f"{terminal.time_text(time_s)} at {TYPICAL_MFU:.0%} of the GEMM rate here")]
-    terminal.table("", ("what", "figure"), rows)
+    terminal.table(model, ("what", "figure"), rows)

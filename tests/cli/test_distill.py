@@ -252,3 +252,15 @@ def test_another_set_of_students_is_another_run(
     other = [*tiny(data, "name=a", "alpha=0.5"), *tiny(data, "name=b")]
     assert distill(data, out, *words, *other) == 2
     assert "`a.alpha` was not set, now [0.5, 0.5]" in only_error(capsys)
+
+
+def test_a_dry_run_tells_the_students_apart(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--teacher", str(teacher), "--steps", "2", "--dry-run", "--json"]
+    out = tmp_path / "run"
+    assert distill(data, out, *words, *tiny(data, "name=a"), *tiny(data, "name=b")) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["model"] for line in captured.out.splitlines()] == ["a", "b"]
+    assert "all models together" in captured.err
+    assert not out.exists()
