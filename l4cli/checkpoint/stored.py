@@ -95,6 +95,11 @@ def resolve_checkpoint(path: Path | str) -> Path:
             why = f"it is a run folder whose `{LATEST}` points nowhere"
             raise L4Error(what, why=why, fix="save a checkpoint in it first")
         return latest
+    parts = sorted(link.parent for link in path.glob(f"*/{LATEST}") if link.is_symlink())
+    if not (path / CONFIG).exists() and parts:
+        why = f"it is a run folder of {len(parts)} models"
+        fix = "pass one of " + ", ".join(f"`{part}`" for part in parts[:5])
+        raise L4Error(what, why=why, fix=fix)
     return path
 
 

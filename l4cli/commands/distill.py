@@ -19,6 +19,7 @@ examples:
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -155,7 +156,7 @@ def distill(
 ) -> None:
     request = Request(**locals())
     terminal.configure(json=json, quiet=quiet)
-    request.check()
+    request.check({name: of.default for name, of in signature(distill).parameters.items()})
     if (samples := request.samples) is not None:
         from l4cli.commands.distill_samples import run_samples
 

@@ -42,6 +42,13 @@ def write(request: Request) -> None:
         attention_chunk_size=None,
     )
     teacher = prepare_teacher(Path(request.teacher), request.dtype.value, source)
+    most = teacher.config.text.vocab_size - 1
+    if request.top_k > most:
+        raise UsageError(
+            f"cannot use `--top-k {request.top_k}`",
+            why=f"beside the true token there are {most} others",
+            fix=f"`--top-k {most} --tail-samples 0` keeps all of them",
+        )
     num_entries = 1 + request.top_k + request.tail_samples
     num_bytes = source.num_tokens * (4 * num_entries + 2)
     terminal.say(
@@ -52,15 +59,13 @@ def write(request: Request) -> None:
         terminal.emit({"event": "plan", "num_rows": source.num_rows, "bytes_cache": num_bytes})
         return
     require_teacher_fits(teacher, device)
-    if request.fresh:
-        _require_empty(request.write_cache)
     make_repeatable(request.seed, device)
     options = CacheOptions(
         teacher=str(request.teacher),
-        # Half precision predicts something else: rows of both make no cache.
-        teacher_fingerprint=f"{teacher.fingerprint}-{teacher.dtype}",
+        teacher_fingerprint=teacher.fingerprint,
         num_exact=1 + request.top_k,
         num_drawn=request.tail_samples,
+        dtype=teacher.dtype,
         temperature=request.temperature,
         seed=request.seed,
     )
@@ -83,11 +88,3 @@ def write(request: Request) -> None:
     )
     terminal.emit({"event": "done", "cache": str(request.write_cache), **cache})
     terminal.result(str(request.write_cache))
-
-
-def _require_empty(folder: Path) -> None:
-    """Refuse to continue a cache with `--fresh`."""
-    if folder.is_dir() and any(folder.iterdir()):
-        why = "it holds something already"
-        fix = "choose another folder with `--write-cache`, or remove this one"
-        raise UsageError(f"`--fresh` needs a new or empty folder, not `{folder}`", why=why, fix=fix)

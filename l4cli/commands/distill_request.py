@@ -5,9 +5,11 @@ in: words of the command line; out: a checked `Request` (no torch)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_options as train
@@ -25,6 +27,18 @@ from l4cli.commands.needle_options import Api
 from l4cli.commands.options import LENGTHS, Device, parse_number
 from l4cli.errors import UsageError
 from l4cli.posttraining.sample_choices import Keep, Reasoning
+
+# Parameters of the command that neither a cache nor answers need.
+_TRAINING = (
+    *("student", "init_from_teacher", "codistill", "burn_in"),
+    *("loss", "alpha", "scaling_factor", "hard_targets", "match_weight"),
+    *("steps", "tokens", "epochs", "batch_size", "lr", "min_lr", "warmup", "schedule"),
+    *("decay_frac", "decay_shape", "weight_decay", "clip_grad", "optim", "balance"),
+    *("balance_rate", "activation_checkpointing", "save_every", "keep", "eval_every"),
+    *("eval_data", "log_every"),
+)
+_CACHE = ("top_k", "tail_samples")
+_PREDICTING = ("temperature", "dtype", "micro_batch_size")
 
 
 class LossKind(StrEnum):
@@ -200,10 +214,11 @@ class Request:
             **given,
         )
 
-    def check(self) -> None:
-        """Refuse what needs no look at any file."""
+    def check(self, defaults: Mapping[str, Any]) -> None:
+        """Refuse what needs no look at any file. `defaults`: of the command's parameters."""
         if (samples := self.samples) is not None:
             self._check_answers()
+            self._check_used(defaults)
             samples.check()
             return
         for parameter in ANSWER_OPTIONS:
@@ -224,12 +239,17 @@ class Request:
                 why="soft targets count times this",
                 fix="`--scaling-factor 1`, or `--loss hard` without soft targets",
             )
+        if self.match_weight == float("inf"):
+            why = "no other loss would count"
+            raise UsageError("cannot use `--match-weight inf`", why=why, fix="`--match-weight 1`")
         if self.alpha is not None:
             parse_alpha(self.alpha)
         self._check_teacher()
         if self.write_cache is not None:
             self._check_writing()
+            self._check_used(defaults)
             return
+        self._check_used(defaults)
         students = self.students
         if not students:
             why = "nothing would be trained"
@@ -252,29 +272,40 @@ class Request:
         if self.codistill and self.teacher is None:
             why = "`--codistill` trains a teacher"
             raise UsageError("no teacher given", why=why, fix="add `--teacher preset:mini`")
+        is_shape = self.teacher is not None and self.teacher.startswith("preset:")
+        if is_shape and not self.codistill:
+            why = "a preset has no weights to predict with"
+            fix = "name a checkpoint, or add `--codistill` to train the teacher, too"
+            raise UsageError(f"cannot use `--teacher {self.teacher}`", why=why, fix=fix)
         if self.burn_in and not self.codistill:
             why = "a teacher that is not in training has nothing to learn first"
             raise UsageError(
                 f"cannot use `--burn-in {self.burn_in:g}`", why=why, fix="leave it out"
             )
 
+    def _check_used(self, defaults: Mapping[str, Any]) -> None:
+        """Refuse options that would change nothing. `defaults`: of the command's parameters."""
+        names: tuple[str, ...] = _CACHE
+        why, fix = "it says what a cache keeps", "or add `--write-cache CACHE`"
+        if self.samples is not None:
+            names = (*_TRAINING, *_CACHE, *_PREDICTING, "write_cache", "teacher_cache")
+            why = "first the teacher answers, then students learn"
+            fix = "then give it to `l4 distill OUT/shards --teacher-cache OUT/cache ...`"
+        elif self.write_cache is not None:
+            names = (*_TRAINING, "out", "fresh")
+            why = "`--write-cache` trains nothing"
+            fix = "write the cache first, then train from it with `--teacher-cache`"
+        for name in names:
+            if getattr(self, name) == defaults[name]:
+                continue
+            if name == "temperature":
+                fix = "or say `--sampling-temperature`, which answers are drawn at"
+            elif name == "fresh":
+                why, fix = "a cache is always continued", "or name a new folder"
+            what = f"cannot use `{option_of(name)}` here"
+            raise UsageError(what, why=why, fix=f"leave it out, {fix}")
+
     def _check_answers(self) -> None:
-        """Refuse what trains something: answers come first."""
-        given = {
-            "--student": self.student,
-            "--codistill": self.codistill,
-            "--write-cache": self.write_cache,
-            "--teacher-cache": self.teacher_cache,
-            "--steps": self.steps,
-            "--tokens": self.tokens,
-            "--epochs": self.epochs,
-            "--eval-data": self.eval_data,
-        }
-        for name, value in given.items():
-            if value:
-                why = "first the teacher answers, then students learn"
-                fix = "leave it out; then `l4 distill OUT/shards --teacher-cache OUT/cache ...`"
-                raise UsageError(f"cannot use `{name}` with prompts", why=why, fix=fix)
         if len(self.shards) > 1:
             why = "one file of prompts makes one folder of answers"
             raise UsageError(f"{len(self.shards)} files given", why=why, fix="name one of them")
@@ -283,20 +314,11 @@ class Request:
         if self.teacher is None:
             why = "a cache holds what a teacher predicts"
             raise UsageError("no teacher given", why=why, fix="add `--teacher CHECKPOINT`")
-        given = {
-            "--student": self.student,
-            "--codistill": self.codistill,
-            "--steps": self.steps,
-            "--tokens": self.tokens,
-            "--epochs": self.epochs,
-            "--eval-data": self.eval_data,
-            "--out": self.out,
-        }
-        for name, value in given.items():
-            if value:
-                why = "`--write-cache` trains nothing"
-                fix = "write the cache first, then train from it with `--teacher-cache`"
-                raise UsageError(f"`{name}` and `--write-cache` given", why=why, fix=fix)
+        if not self.top_k and not self.tail_samples:
+            why = "beside the true tokens nothing of the teacher would be kept"
+            raise UsageError(
+                "`--top-k 0` and `--tail-samples 0` given", why=why, fix="leave one of them out"
+            )
 
     def _check_needs(self, student: Student) -> None:
         """Refuse a student that needs more of a teacher than there is."""
@@ -304,7 +326,8 @@ class Request:
         what = f"the student `{student.name}` cannot be trained like this"
         if student.cut is not None and (self.teacher is None or self.codistill):
             why = "its first weights are to be cut from a teacher that is trained already"
-            raise UsageError(what, why=why, fix="add `--teacher CHECKPOINT`")
+            fix = "leave out `--codistill`" if has_model else "add `--teacher CHECKPOINT`"
+            raise UsageError(what, why=why, fix=fix)
         if student.loss.match_weight and not has_model:
             why = (
                 "hidden states are matched with those of a teacher that runs, and a cache has none"

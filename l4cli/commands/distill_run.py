@@ -5,8 +5,7 @@ in: what the command line said; out: a run folder a student, or a plan under `--
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from l4cli import terminal
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_report as report
-from l4cli.commands.distill_students import TEACHER, Student
+from l4cli.commands.distill_students import TEACHER, Student, in_words_of
 from l4cli.commands.distill_teacher import (
     Teacher,
     load_teacher,
@@ -23,7 +22,7 @@ from l4cli.commands.distill_teacher import (
     prepare_teacher,
     shape_from_teacher,
 )
-from l4cli.errors import L4Error, UsageError
+from l4cli.errors import L4Error
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +77,12 @@ class Ready:
         """The teacher whose predictions are asked for: beside a cache its weights alone are."""
         return self.teacher if self.cache is None else None
 
+    @property
+    def num_bytes(self) -> int:
+        """What all of them take together, with the teacher."""
+        num_bytes = sum(member.prepared.plan.total_bytes for member in self.members)
+        return num_bytes + (0 if self.asked is None else self.asked.num_bytes)
+
     def teacher_config(self) -> Llama4Config:
         """The shape of the teacher, trained already or in training."""
         return self.members[0].config if self.teacher is None else self.teacher.config
@@ -107,6 +112,11 @@ def run(request: Request) -> None:
                     ready.device,
                     name=member.student.name if ready.names else "",
                 )
+            available = ready.members[0].prepared.plan.available_bytes
+            terminal.say(
+                f"all models together {terminal.bytes_text(ready.num_bytes)}, "
+                f"{terminal.bytes_text(available)} is free"
+            )
             return
         make_repeatable(request.seed, ready.device)
         settings = {
@@ -153,7 +163,7 @@ def prepare(request: Request) -> Ready:
         teacher_config = load_config(Path(request.teacher))
     shapes = []
     for student in students:
-        with _own_words(student):
+        with in_words_of(student):
             shapes.append(_shape(student, teacher_config))
     cache = None
     if request.teacher_cache is not None:
@@ -175,31 +185,18 @@ def prepare(request: Request) -> Ready:
         teacher = prepare_teacher(Path(request.teacher or ""), request.dtype.value, source)
     members = []
     for student, shape in zip(students, shapes, strict=True):
-        with _own_words(student):
-            members.append(_member(request, student, shape, source, num_steps, device))
-    for member in members:
-        if member.student.cut is not None:
-            assert teacher is not None
-            _plan_cut(member, teacher)
+        with in_words_of(student):
+            member = _member(request, student, shape, source, num_steps, device)
+            if student.cut is not None:
+                assert teacher is not None
+                _plan_cut(member, teacher)
+        members.append(member)
     ready = Ready(members, teacher, cache, source, num_steps, device)
     for member in members:
         ready.matched_layers(member)
     if not request.dry_run:
         _require_all_fit(ready)
     return ready
-
-
-@contextmanager
-def _own_words(student: Student) -> Iterator[None]:
-    """Name keys of a model's config as a student has them: after commas, without `--set`."""
-    try:
-        yield
-    except UsageError as error:
-        what, why, fix = (
-            text.replace("in `--set`", f"of `{student.name}`").replace("`--set ", "`")
-            for text in (error.what, error.why, error.fix)
-        )
-        raise UsageError(what, why=why, fix=fix) from error
 
 
 def _shape(student: Student, teacher: Llama4Config | None) -> Llama4Config:
@@ -256,12 +253,8 @@ def _member(
 def _require_all_fit(ready: Ready) -> None:
     """Each fits alone; refuse when all of them together do not."""
     plans = [member.prepared.plan for member in ready.members]
-    # What all of them keep for the backward pass is held at once.
-    needed = sum(plan.total_bytes for plan in plans)
     available = plans[0].available_bytes
-    if ready.asked is not None:
-        needed += ready.asked.num_bytes
-    if needed <= available:
+    if ready.num_bytes <= available:
         return
     parts = [
         f"`{member.student.name}` {terminal.bytes_text(member.prepared.plan.total_bytes)}"

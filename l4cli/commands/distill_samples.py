@@ -20,6 +20,7 @@ from l4cli.commands.distill_samples_request import SamplesRequest as SamplesRequ
 from l4cli.commands.needle_options import Api
 from l4cli.commands.options import default_window
 from l4cli.errors import L4Error, UsageError
+from l4cli.posttraining.answer_journal import SUMMARY
 
 if TYPE_CHECKING:
     from l4cli.posttraining.answer_journal import AnswerJournal
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from l4cli.posttraining.sample_shards import SampleShards
     from l4cli.text import Tokenizer
 
-SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
+SAMPLES = "samples.jsonl"
 # In errors of the client, which `needle-test` wrote first.
 _OPTION_NAMES = {
     "`--endpoint`": "`--teacher-endpoint`",
@@ -64,12 +65,16 @@ def run_samples(request: SamplesRequest) -> None:
     """Ask what is not answered yet, then write what is kept of all answers."""
     request.check()
     from l4cli.checkpoint import RunFolder
-    from l4cli.posttraining.answer_journal import AnswerJournal, read_settings, require_usable
+    from l4cli.posttraining.answer_journal import (
+        AnswerJournal,
+        require_usable,
+        settings_of_answers,
+    )
     from l4cli.posttraining.checkers import make_checker
     from l4cli.posttraining.prompts import read_prompts
 
     require_usable(request.out, fresh=request.fresh)
-    recorded = read_settings(request.out) or {}
+    recorded = settings_of_answers(request.out) or {}
     if request.top_logprobs is None and "top_logprobs" in recorded:
         # A tokenizer may come later, for answers that are paid for.
         request = replace(request, top_logprobs=recorded["top_logprobs"])
@@ -80,15 +85,16 @@ def run_samples(request: SamplesRequest) -> None:
     settings = _settings(request, found, teacher)
     items = [(prompt, i) for prompt in found.prompts for i in range(request.samples_per_prompt)]
     if request.dry_run:
-        _tell_plan(request, teacher, items)
+        journal = AnswerJournal.open(request.out, settings, only_reads=True)
+        _tell_plan(request, teacher, _unanswered(items, journal))
         return
     with RunFolder(request.out):
         journal = AnswerJournal.open(request.out, settings)
-        missing = [item for item in items if (item[0].id, item[1]) not in journal]
+        missing = _unanswered(items, journal)
         made_with = _made_with(request, tokenizer)
         if not missing and _is_made(request.out, made_with):
             terminal.say(f"`{request.out}` holds all {len(items)} answers already")
-            terminal.emit({"event": "done", "out": str(request.out)} | _counts_in(request.out))
+            _tell_done(request)
             return
         already = f", {len(items) - len(missing)} of them from before" if journal else ""
         terminal.say(
@@ -102,6 +108,10 @@ def run_samples(request: SamplesRequest) -> None:
         writer = _Writer(request, found, journal, tokenizer, teacher)
         summary = writer.write(checker, made_with, settings)
     _tell(request, summary)
+
+
+def _unanswered(items: Sequence[Item], journal: AnswerJournal) -> list[Item]:
+    return [item for item in items if (item[0].id, item[1]) not in journal]
 
 
 def _open(request: SamplesRequest, found: PromptFile) -> Teacher:
@@ -144,8 +154,8 @@ def _settings(request: SamplesRequest, found: PromptFile, teacher: Teacher) -> d
         "prompts": found.digest,
         **teacher.facts(),
         "max_new_tokens": request.max_new_tokens,
-        "temperature": request.sampling_temperature,
-        "top_p": request.top_p,
+        "sampling_temperature": request.sampling_temperature,
+        "sampling_top_p": request.top_p,
         "top_logprobs": request.num_top_logprobs,
         "seed": request.seed,
     }
@@ -277,7 +287,10 @@ def _is_made(out: Path, made_with: dict[str, Any]) -> bool:
     summary = _read_summary(out)
     if summary is None or summary.get("made_with") != made_with:
         return False
-    return (out / SAMPLES).exists() and (not summary.get("shards") or (out / "shards").exists())
+    packed = summary.get("shards")
+    folders = ["shards"] if packed else []
+    folders += ["cache"] if packed and packed.get("num_soft_targets") else []
+    return all((out / name).exists() for name in (SAMPLES, *folders))
 
 
 def _read_summary(out: Path) -> dict[str, Any] | None:
@@ -320,7 +333,12 @@ def _tell(request: SamplesRequest, summary: dict[str, Any]) -> None:
     packed = summary["shards"]
     if packed:
         _tell_shards(request, packed)
+    _tell_done(request)
+
+
+def _tell_done(request: SamplesRequest) -> None:
     terminal.emit({"event": "done", "out": str(request.out)} | _counts_in(request.out))
+    terminal.result(str(request.out))
 
 
 def _tell_shards(request: SamplesRequest, packed: dict[str, Any]) -> None:

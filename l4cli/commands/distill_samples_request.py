@@ -94,6 +94,13 @@ class SamplesRequest:
         if self.top_logprobs:
             why = "`l4 distill OUT/shards --teacher CHECKPOINT` learns from all its probabilities"
             raise UsageError(f"`--top-logprobs {self.top_logprobs}` given", why=why, fix=fix)
+        for name in ("timeout", "max_tokens", "api_key_env"):
+            if getattr(self, name) != getattr(SamplesRequest, name):
+                what, why = (
+                    f"`--{name.replace('_', '-')}` given",
+                    "only servers are asked like this",
+                )
+                raise UsageError(what, why=why, fix=fix)
         if self.model is not None:
             why = "a checkpoint is one model"
             raise UsageError(f"`--teacher-model {self.model}` given", why=why, fix=fix)

@@ -6,19 +6,31 @@ in: words such as `preset:nano,name=dense,lr=4e-3,num_local_experts=2`; out: a `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from l4cli.commands import training_options as train
-from l4cli.errors import UsageError
+from l4cli.errors import L4Error, UsageError
 from l4cli.training.soft_share import LOSSES, SoftShare, StudentLoss, parse_share
 
 TEACHER = "teacher"  # the student that is cut from the teacher; the folder of one in training
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _STEP = re.compile(r"latest|step-\d+")  # what a run calls its checkpoints
+# Options of the command that no student has for itself.
+_OF_ALL = frozenset(
+    {"temperature", "burn_in", "init_from_teacher", "steps", "tokens", "epochs", "seq_len"}
+    | {"batch_size", "micro_batch_size", "decay_shape", "clip_grad", "dtype", "balance_rate"}
+    | {"seed", "save_every", "eval_every", "eval_data", "log_every"}
+)
+# What stands after the commas and is neither of training nor of the model's config.
+_ONLY_STUDENTS = frozenset(
+    {"name", "layers", "experts", "loss", "alpha", "scaling_factor", "hard_targets"}
+    | {"match", "match_weight"}
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Cut:
     """How first weights are taken from the teacher."""
 
     layers: tuple[int, ...] | None = None
-    experts: str = "drop"
+    experts: str = "drop"  # of a teacher trained from scratch an average keeps nothing
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,11 @@ class Student:
     match: tuple[tuple[int, int], ...] | None = None  # layers; None: spread over the depth
 
     @property
-    def shape_name(self) -> str:
-        """What the shape comes from, for messages."""
-        return str(self.file or self.checkpoint or self.preset or TEACHER)
+    def word(self) -> str:
+        """What the command line names the shape by, for messages."""
+        option = "--teacher" if self.name == TEACHER else "--student"
+        preset = f"preset:{self.preset}" if self.preset else None
+        return f"{option} {self.file or self.checkpoint or preset or TEACHER}"
 
 
 @dataclass(frozen=True)
@@ -87,8 +101,29 @@ def parse_teacher(word: str) -> Student:
     if what == TEACHER:
         raise _bad(said, "the teacher cannot be cut from itself", "`--teacher preset:mini`")
     teacher = replace(_shape_of(what, said, None), name=TEACHER)
+    if own := _ONLY_STUDENTS & settings.keys():
+        why = f"`{sorted(own)[0]}` is a student's, and this teacher learns from the data alone"
+        raise _bad(said, why, "leave it out")
     training = _training_of(said, settings)
     return replace(teacher, overrides=_overrides(settings), training=training)
+
+
+@contextmanager
+def in_words_of(student: Student) -> Iterator[None]:
+    """Inside, errors about a model name the options of this command."""
+    try:
+        yield
+    except L4Error as error:
+        # Elsewhere `--set` has the keys that stand after the commas here.
+        error.what = re.sub(r"`--set (.+?)`", rf"`\1` in `{student.word}`", error.what)
+        error.fix = re.sub(r"`--set (.+?)`", r"`\1`", error.fix)
+        words = {"`--set`": f"`{student.word}`", "`--preset ": "`--student preset:"}
+        if student.cut is not None and not (student.preset or student.file):
+            words["leave `--init-from-teacher` out"] = "begin with another shape than `teacher`"
+        for theirs, ours in words.items():
+            error.what = error.what.replace(theirs, ours)
+            error.fix = error.fix.replace(theirs, ours)
+        raise
 
 
 def _parse(word: str, defaults: Defaults) -> Student:
@@ -130,6 +165,9 @@ def _split(word: str, said: str) -> tuple[str, dict[str, str]]:
             raise _bad(said, f"`{pair}` has no `=`", fix)
         if key in settings:
             raise _bad(said, f"`{key}` is given twice", "leave one of them out")
+        if key in _OF_ALL:
+            option = "--" + key.replace("_", "-")
+            raise _bad(said, f"`{key}` is the same for all models", f"use `{option}` for it")
         settings[key] = value
     return what, settings
 
@@ -165,9 +203,10 @@ def _shape_of(what: str, said: str, cut: Cut | None) -> Student:
     path = Path(what)
     if path.suffix == ".json":
         return Student(path.stem, file=path, cut=cut)
-    if not path.exists():
-        why = "it is no `preset:NAME`, no `teacher`, and there is no such file or folder"
-        raise _bad(said, why, "`--student preset:nano`")
+    if not what or not path.is_dir():
+        why = "it is no `preset:NAME`, no `teacher`, no `config.json`, and there is no such folder"
+        option = said.partition(" ")[0]
+        raise _bad(said, why, f"`{option} preset:nano`")
     if cut is not None:
         why = "`--init-from-teacher` gives first weights, and a checkpoint brings its own"
         raise _bad(said, why, "leave one of them out")
@@ -271,7 +310,7 @@ def _positive(text: str) -> float:
 def _not_negative(text: str) -> float:
     number = _number(text)
     if not 0 <= number < float("inf"):
-        raise ValueError("it is below 0")
+        raise ValueError("it is not 0 or above")
     return number
 
 

@@ -44,8 +44,13 @@ def prepare_teacher(checkpoint: Path, dtype: str, source: ShardSource) -> Teache
 
     config = load_config(checkpoint)
     model_setup.require_same_tokenizer(checkpoint, source.tokenizer())
-    data_setup.require_geometry(config, source.datasets)
-    data_setup.require_context(config, source.seq_len)
+    try:
+        data_setup.require_geometry(config, source.datasets)
+        data_setup.require_context(config, source.seq_len)
+    except UsageError as error:
+        what = error.what.replace("the model", f"the teacher `{checkpoint}`")
+        fix = "take another teacher, or pack shards that it can read"
+        raise UsageError(what, why=error.why, fix=fix) from error
     computed = _DTYPES[dtype]
     mean_length = source.num_tokens / max(1, _num_documents(source))
     return Teacher(
@@ -135,6 +140,12 @@ def shape_from_teacher(student: Student, teacher: Llama4Config) -> Llama4Config:
     if layers is None:
         wanted = [w.partition("=")[2] for w in student.overrides if w.startswith(_DEPTH)]
         count = int(wanted[-1]) if wanted and wanted[-1].isdigit() else depth
+        if count > depth:
+            raise UsageError(
+                f"cannot cut {count} layers from the teacher",
+                why=f"it has {depth}",
+                fix=f"`num_hidden_layers={depth}` or less, or name another shape than `teacher`",
+            )
         # Its last layers: a pattern of layers without positions ends with one of them.
         layers = tuple(range(depth))[-count:] if 0 < count < depth else tuple(range(depth))
     if not all(0 <= layer < depth for layer in layers):

@@ -1,8 +1,8 @@
 """Explain any preset, file or folder the suite reads or writes.
 
 TARGET is `preset:NAME`, a checkpoint (ours or any Hugging Face Llama 4 folder), a run folder, a
-token stream (`-` for stdin), packed shards, a teacher's cache, a tokenizer, a `config.json` or a
-safetensors file.
+token stream (`-` for stdin), packed shards, a teacher's cache or its answers, a tokenizer, a
+`config.json` or a safetensors file.
 Of weights only headers are read.
 
 examples:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _ACCEPTED = (
     "name `preset:NAME`, a checkpoint, a run folder, a `.tokens` stream, packed shards, "
-    "a teacher's cache, a tokenizer, a `config.json` or a `.safetensors` file"
+    "a teacher's cache or answers, a tokenizer, a `config.json` or a `.safetensors` file"
 )
 _MAX_LISTED = 12  # of long lists, for people; `--json` has everything
 Facts = dict[str, Any]
@@ -122,15 +122,14 @@ def _recognise_folder(path: Path) -> tuple[str, Callable[[str, int], Facts]]:
         return "checkpoint", _explain_checkpoint
     if "index.json" in names:
         return _recognise_index(path / "index.json")
+    if {"answers.jsonl", "settings.json"} <= names:
+        return "answers", _explain_answers
     if "run.toml" in names or "latest" in names or any(n.startswith("step-") for n in names):
         return "run folder", _explain_run
     if names & {"tokenizer.json", "tokenizer.model"}:
         return "tokenizer", _explain_tokenizer
     if names & {"l4", "params.json", "model.safetensors"}:
-        return (
-            "checkpoint",
-            _explain_checkpoint,
-        )  # an incomplete one; its error says what is missing
+        return "checkpoint", _explain_checkpoint  # its error says what is missing
     shown = ", ".join(f"`{name}`" for name in sorted(names)[:5])
     why = f"it holds {shown}" if names else "the folder is empty"
     raise L4Error(f"cannot explain `{path}`", why=why, fix=_ACCEPTED)
@@ -225,6 +224,12 @@ def _explain_run(target: str, samples: int) -> Facts:
     if facts["latest"] is not None:
         facts |= _explain_checkpoint(str(run.path / facts["latest"]), 0)
     return facts
+
+
+def _explain_answers(target: str, samples: int) -> Facts:
+    from l4cli.posttraining.answer_journal import describe_answers
+
+    return describe_answers(Path(target))
 
 
 def _explain_weights_file(target: str, samples: int) -> Facts:

@@ -94,7 +94,8 @@ class TeacherCache:
         """What its numbers follow from, wherever it lies and however its parts are cut."""
         names = ("num_exact", "num_drawn", "temperature", "seed")
         fingerprint = self.index["teacher"]["fingerprint"]
-        return {"teacher": fingerprint, **{name: self.index[name] for name in names}}
+        found = {name: self.index[name] for name in names}
+        return {"teacher": fingerprint, **found, "dtype": self.index.get("dtype")}
 
     def describe(self) -> dict[str, Any]:
         """What people and tools want to know about it."""
@@ -123,6 +124,7 @@ class TeacherCache:
             "num_drawn": self.num_drawn,
             "temperature": self.temperature,
             "seed": self.index["seed"],
+            "dtype": self.index.get("dtype"),
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
             "datasets": listed,

@@ -4,7 +4,7 @@ in: entries of one row after the other; out: the folder `teacher_cache` describe
 
 A part is written to a hidden name, synced and renamed, then the index is replaced: at any moment
 the folder is a cache of the parts its index lists. How rows are cut into parts depends on their
-sizes only, so that a cache written in several goes is the same byte for byte.
+sizes, and on where a signal stopped it; what a row holds depends on neither.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class CacheOptions:
     num_drawn: int = 16  # from the rest; 0: the others are unknown
     temperature: float = 1.0
     seed: int = 0
+    dtype: str | None = None  # what the teacher computed in, where it is known
 
 
 class TeacherCacheWriter:
@@ -79,6 +80,9 @@ class TeacherCacheWriter:
         self._gap: tuple[int, range] = 0, range(0)  # the rows no part holds around the last one
 
     def __enter__(self) -> TeacherCacheWriter:
+        if self.folder.exists() and not self.folder.is_dir():
+            fix = "name another folder with `--write-cache`"
+            raise self._refused("it is a file, and a cache is a folder", fix)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -97,6 +101,12 @@ class TeacherCacheWriter:
             is_signal = kind is not None and issubclass(kind, (KeyboardInterrupt, Terminated))
             if is_signal and self._held:
                 self._write_part()
+            if is_signal:
+                datasets = self.index["datasets"]
+                rows = sum(part["rows"] for dataset in datasets for part in dataset["parts"])
+                total = sum(dataset["num_rows"] for dataset in datasets)
+                kept = f"{rows} of {total} rows are kept in `{self.folder}`"
+                terminal.say(f"{kept}; the same command again writes the rest")
         finally:
             self._drop_lock()
 
@@ -155,25 +165,39 @@ class TeacherCacheWriter:
                 raise self._refused(why, "name another folder with `--write-cache`")
             self._write_index()
             return
-        found = read_index(self.folder)
-        for name, value in self.index.items():
-            if name == "datasets" or (theirs := found[name]) == value:
-                continue
-            if name == "teacher":
-                if (theirs := theirs["fingerprint"]) == self.options.teacher_fingerprint:
-                    continue  # the same one at another place
-                name, value = "teacher_fingerprint", self.options.teacher_fingerprint
-            raise UsageError(
-                f"cannot continue the teacher cache `{self.folder}`",
-                why=f"it was made with {name} {theirs}, now it is {value}",
-                fix="repeat the options it was made with, or write another folder",
-            )
+        try:
+            found = read_index(self.folder)
+        except L4Error as error:
+            raise self._refused(error.why, "name another folder with `--write-cache`") from error
+        self._require_same(found)
         known = {dataset["digest"] for dataset in found["datasets"]}
         for dataset in found["datasets"]:
             self._drop_damaged(dataset)
         found["datasets"] += [d for d in self.index["datasets"] if d["digest"] not in known]
         self.index = found
         self._write_index()
+
+    def _require_same(self, found: dict[str, Any]) -> None:
+        """Refuse a cache that is made in another way, in the words of the command line."""
+        ours, theirs = self.index, found
+        fingerprints = [index["teacher"]["fingerprint"] for index in (theirs, ours)]
+        tokenizers = [index["tokenizer_fingerprint"][:12] for index in (theirs, ours)]
+        pairs = {
+            "`--teacher`": fingerprints,  # its weights; the same may lie at another place
+            "the tokenizer": tokenizers,
+            "`--top-k`": [index["num_exact"] - 1 for index in (theirs, ours)],
+            "`--tail-samples`": [index["num_drawn"] for index in (theirs, ours)],
+            "`--temperature`": [f"{index['temperature']:g}" for index in (theirs, ours)],
+            "`--seed`": [index["seed"] for index in (theirs, ours)],
+            "`--dtype`": [index.get("dtype") for index in (theirs, ours)],
+        }
+        for name, (then, now) in pairs.items():
+            if then != now and then is not None:
+                raise UsageError(
+                    f"cannot continue the teacher cache `{self.folder}`",
+                    why=f"{name} was {then}, now it is {now}",
+                    fix="repeat the options it was made with, or write another folder",
+                )
 
     def _drop_damaged(self, dataset: dict[str, Any]) -> None:
         for facts in list(dataset["parts"]):
@@ -293,6 +317,7 @@ def _new_index(options: CacheOptions, shard_sets: Sequence[ShardSet]) -> dict[st
         "num_drawn": options.num_drawn,
         "temperature": float(options.temperature),
         "seed": options.seed,
+        "dtype": options.dtype,
         "tokenizer_fingerprint": shard_sets[0].fingerprint,
         "vocab_size": shard_sets[0].vocab_size,
         "datasets": [

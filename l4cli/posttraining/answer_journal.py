@@ -18,6 +18,7 @@ from l4cli.errors import L4Error, UsageError
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
+SUMMARY = "summary.json"  # written last
 FORMAT = "l4-answers-1"
 
 Key = tuple[str | int, int]  # the prompt's id, the number of the sample
@@ -39,21 +40,24 @@ class AnswerJournal:
         return len(self._places)
 
     @classmethod
-    def open(cls, folder: Path, settings: Mapping[str, Any]) -> AnswerJournal:
+    def open(
+        cls, folder: Path, settings: Mapping[str, Any], *, only_reads: bool = False
+    ) -> AnswerJournal:
         """Begin in a new folder, or go on in one of the same settings.
 
+        A folder without any answer takes other settings. `only_reads`: nothing is written.
         raises: UsageError naming the settings that differ; L4Error for a damaged file
         """
         journal = cls(folder)
         current = json.loads(json.dumps(dict(settings)))  # compare on equal terms
-        recorded = read_settings(folder)
-        if recorded is None:
+        recorded = settings_of_answers(folder)
+        if recorded is not None:
+            _require_same(folder, recorded, current)
+            journal._find(repairs=not only_reads)
+        elif not only_reads:
             folder.mkdir(parents=True, exist_ok=True)
             kept = {"format": FORMAT, "settings": current}
             write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
-        else:
-            _require_same(folder, recorded, current)
-            journal._find()
         return journal
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -77,15 +81,14 @@ class AnswerJournal:
                     file.seek(self._places[key])
                     yield json.loads(file.readline())
 
-    def _find(self) -> None:
-        """Note where records begin; a last line that was cut off is taken off the file."""
-        if not self.path.exists():
-            return
+    def _find(self, *, repairs: bool) -> None:
+        """Note where records begin; `repairs`: a last line that was cut off is taken away."""
         place = 0
-        with self.path.open("r+b") as file:
+        with self.path.open("r+b" if repairs else "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    file.truncate(place)
+                    if repairs:
+                        file.truncate(place)
                     break
                 try:
                     record = json.loads(line)
@@ -128,6 +131,30 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         raise _damaged(path, f"it is not marked as `{FORMAT}`")
     settings: dict[str, Any] = kept["settings"]
     return settings
+
+
+def settings_of_answers(folder: Path) -> dict[str, Any] | None:
+    """How the answers in a folder were asked for; None while there is none to be mixed up."""
+    answers = folder / ANSWERS
+    return read_settings(folder) if answers.exists() and answers.stat().st_size else None
+
+
+def describe_answers(folder: Path) -> dict[str, Any]:
+    """What people and tools want to know about a folder of answers. raises: L4Error"""
+    settings = read_settings(folder)
+    journal = AnswerJournal.open(folder, settings or {}, only_reads=True)
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = None  # stopped before it was written
+    figures = summary if isinstance(summary, dict) else {}
+    return {
+        "num_answers": len(journal),
+        "is_finished": bool(figures),
+        **{k: v for k, v in figures.items() if k.startswith("num_")},
+        "shards": figures.get("shards"),
+        "settings": settings,
+    }
 
 
 def _require_same(folder: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class TokenLogprobs:
     def from_json(cls, fields: Mapping[str, Any]) -> TokenLogprobs:
         """What `to_json` gave. raises: KeyError, TypeError, ValueError"""
         tops = zip(fields["top_tokens"], fields["top_logprobs"], strict=True)
-        return cls(
+        found = cls(
             tuple(_bytes(token) for token in fields["tokens"]),
             tuple(float(logprob) for logprob in fields["logprobs"]),
             tuple(
@@ -42,6 +42,9 @@ class TokenLogprobs:
                 for tokens, logprobs in tops
             ),
         )
+        if not len(found.tokens) == len(found.logprobs) == len(found.top):
+            raise ValueError("the lists are not of one length")
+        return found
 
 
 def _text(token: bytes) -> str:

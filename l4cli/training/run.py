@@ -100,13 +100,13 @@ class Run:
         begun = sorted(path.parent.name for path in self.folder.glob(f"*/{run_record.FILE}"))
         has_own_steps = bool(RunFolder(self.folder).steps())
         if self.members and has_own_steps:
-            begun = ["(one model)"]
+            begun = []
         # One model's folder may have others' runs below it; its own steps tell that it is one.
         elif not begun or begun == sorted(self.members) or has_own_steps:
             return
         raise UsageError(
             f"`{self.folder}` holds a run of other models",
-            why="it trains " + ", ".join(f"`{name}`" for name in begun),
+            why="it trains " + (", ".join(f"`{name}`" for name in begun) or "one model"),
             fix="choose another folder with `-o`, or give the same models to continue it",
         )
 

@@ -122,7 +122,9 @@ def test_a_run_of_one_model_may_have_another_below_it(data: Path, tmp_path: Path
     assert distill(data, outer, *words, "--steps", "2") == 0
 
 
-def test_pictures(data: Path, tmp_path: Path) -> None:
+def test_pictures(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A teacher and a student with vision learn from shards with pictures."""
     shards = str(data / "pictures")
     shape = ["--set", "num_hidden_layers=2", "--steps", "2", "--batch-size", "2", "-q"]
@@ -135,6 +137,10 @@ def test_pictures(data: Path, tmp_path: Path) -> None:
     blind = [*run[:4], "--student", student + ",vision_config=null", *run[6:]]
     blind[blind.index(str(tmp_path / "small"))] = str(tmp_path / "blind")
     assert main(blind) == 2
+    capsys.readouterr()
+    words = ["--teacher", str(teacher), "--student", "preset:nano", "-o", str(tmp_path / "run")]
+    assert main(["distill", shards, *words, "--steps", "2"]) == 2
+    assert f"the teacher `{teacher}` has no vision" in only_error(capsys)
 
 
 def test_codistilling_trains_both(data: Path, tmp_path: Path) -> None:
@@ -170,13 +176,13 @@ def test_other_tokenizers_are_refused(
         ([], "no student given"),
         (["--student", "preset:nano"], "no teacher is given"),
         (["--student", "preset:nono", "--teacher", "{teacher}"], "unknown preset `nono`"),
-        (["--student", "nowhere/", "--teacher", "{teacher}"], "no such file or folder"),
+        (["--student", "nowhere/", "--teacher", "{teacher}"], "there is no such folder"),
         (["--student", "preset:nano", "--teacher", "nowhere/"], "nowhere"),
         (["--student", "preset:nano,lr", "--teacher", "{teacher}"], "`lr` has no `=`"),
         (["--student", "preset:nano,lr=x", "--teacher", "{teacher}"], "lr=x"),
         (
             ["--student", "preset:nano,hiden_size=8", "--teacher", "{teacher}"],
-            "`hiden_size` of `nano`",
+            "unknown key `hiden_size` in `--student preset:nano`",
         ),
         (
             ["--student", "{teacher},name=x,hidden_size=32", "--teacher", "{teacher}"],
@@ -215,6 +221,53 @@ def test_other_tokenizers_are_refused(
         (
             ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,lr=1,min_lr=2"],
             "`--lr 1` is below it",
+        ),
+        (["--student", "teacher,match=0:1", "--teacher", "{teacher}"], "add `match_weight=0.1`"),
+        (
+            ["--student", "teacher,match=0:9,match_weight=1", "--teacher", "{teacher}"],
+            "cannot match layer 0 of `student` with layer 9",
+        ),
+        (["--student", "teacher,lr=x", "--teacher", "{teacher}"], "`lr=x`: it is not a number"),
+        (["--student", "teacher,warmup=1.5", "--teacher", "{teacher}"], "not a whole number"),
+        (["--student", "teacher,optim=sgd", "--teacher", "{teacher}"], "none of `muon`, `adamw`"),
+        (
+            ["--student", "teacher,hiden=8", "--teacher", "{teacher}"],
+            "unknown key `hiden` in `--student teacher`",
+        ),
+        (
+            ["--student", "teacher,hidden_size=x", "--teacher", "{teacher}"],
+            "cannot use `hidden_size=x` in `--student teacher`",
+        ),
+        (
+            ["--student", "teacher,hidden_size=2048", "--teacher", "{teacher}"],
+            "begin with another shape than `teacher`",
+        ),
+        (
+            ["--student", "teacher,num_hidden_layers=9", "--teacher", "{teacher}"],
+            "cannot cut 9 layers from the teacher",
+        ),
+        (["--student", "preset:maverick", "--teacher", "{teacher}"], "`--student preset:small`"),
+        (["--student", "teacher", "--codistill", "--teacher", "{teacher}"], "out `--codistill`"),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,lr=x"],
+            "cannot use `--teacher preset:nano,lr=x`",
+        ),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,alpha=1"],
+            "`alpha` is a student's",
+        ),
+        (
+            ["--student", "preset:nano", "--codistill", "--teacher", "preset:nano,foo=1"],
+            "unknown key `foo` in `--teacher preset:nano`",
+        ),
+        (["--student", "teacher", "--teacher", "{teacher}", "--top-k", "3"], "what a cache keeps"),
+        (["--student", "teacher,lr=1,lr=2", "--teacher", "{teacher}"], "`lr` is given twice"),
+        (["--student", "teacher,steps=2", "--teacher", "{teacher}"], "use `--steps` for it"),
+        (["--student", "", "--teacher", "{teacher}"], "there is no such folder"),
+        (["--student", "teacher", "--teacher", "preset:nano"], "add `--codistill`"),
+        (
+            ["--student", "teacher", "--teacher", "{teacher}", "--match-weight", "inf"],
+            "cannot use `--match-weight inf`",
         ),
     ],
 )
@@ -264,6 +317,14 @@ def test_another_set_of_students_is_another_run(
     words = ["--teacher", str(teacher), "--steps", "2"]
     assert distill(data, out, *words, *tiny(data, "name=a"), *tiny(data, "name=b")) == 0
     capsys.readouterr()
+    one = tmp_path / "one"
+    assert distill(data, one, *words, *tiny(data, "name=a")) == 0
+    capsys.readouterr()
+    assert distill(data, one, *words, *tiny(data, "name=a"), *tiny(data, "name=b")) == 2
+    assert "it trains one model" in only_error(capsys)
+    of_two = ["--teacher", str(out), "--steps", "2", *tiny(data)]
+    assert distill(data, tmp_path / "next", *of_two) == 1
+    assert f"pass one of `{out / 'a'}`, `{out / 'b'}`" in only_error(capsys)
     assert distill(data, out, *words, *tiny(data, "name=a"), *tiny(data, "name=c")) == 2
     assert "it trains `a`, `b`" in only_error(capsys)
     assert distill(data, out, *words, *tiny(data, "name=a")) == 2
@@ -271,3 +332,15 @@ def test_another_set_of_students_is_another_run(
     other = [*tiny(data, "name=a", "alpha=0.5"), *tiny(data, "name=b")]
     assert distill(data, out, *words, *other) == 2
     assert "`a.alpha` was not set, now [0.5, 0.5]" in only_error(capsys)
+
+
+def test_a_dry_run_tells_the_students_apart(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--teacher", str(teacher), "--steps", "2", "--dry-run", "--json"]
+    out = tmp_path / "run"
+    assert distill(data, out, *words, *tiny(data, "name=a"), *tiny(data, "name=b")) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["model"] for line in captured.out.splitlines()] == ["a", "b"]
+    assert "all models together" in captured.err
+    assert not out.exists()

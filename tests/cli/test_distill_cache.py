@@ -63,19 +63,6 @@ def test_hard_targets_from_the_cache_are_the_teachers(
     assert weights_of(online) == weights_of(cached)
 
 
-def test_a_cache_without_the_likeliest_token_gives_no_hard_targets(
-    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shards, cache = str(data / "text"), tmp_path / "cache"
-    words = ["--teacher", str(teacher), "--top-k", "0", "--tail-samples", "2", "-q"]
-    assert main(["distill", shards, *words, "--write-cache", str(cache)]) == 0
-    learn = ["--teacher-cache", str(cache), "--steps", "1"]
-    capsys.readouterr()
-    assert distill(data, tmp_path / "no", *learn, *tiny(data, "hard_targets=teacher")) == 2
-    assert "`--top-k 0`" in only_error(capsys)
-    assert distill(data, tmp_path / "yes", *learn, *tiny(data)) == 0
-
-
 def test_written_again_it_is_finished_and_others_are_refused(
     data: Path, teacher: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,13 +70,47 @@ def test_written_again_it_is_finished_and_others_are_refused(
     words = ["distill", shards, "--teacher", str(teacher), "--write-cache", str(cache)]
     assert main([*words, "--top-k", "7", "--tail-samples", "8"]) == 0
     assert "has all rows" in capsys.readouterr().err
-    assert main([*words, "--top-k", "3", "--tail-samples", "8"]) == 2
-    assert "made with num_exact 8, now it is 4" in only_error(capsys)
-    same = [*words, "--top-k", "7", "--tail-samples", "8"]
-    assert main([*same, "--dtype", "bf16"]) == 2
-    assert "-fp32, now it is" in only_error(capsys)
-    assert main([*same, "--fresh"]) == 2
-    assert "needs a new or empty folder" in only_error(capsys)
+    for option, then, now in (("--top-k", "7", "3"), ("--dtype", "fp32", "bf16")):
+        same = ["--top-k", "7", "--tail-samples", "8"]
+        assert main([*words, *same, option, now]) == 2
+        assert f"`{option}` was {then}, now it is {now}" in only_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--lr", "0.1"], "cannot use `--lr` here"),
+        (["--student", "preset:nano"], "cannot use `--student` here"),
+        (["--fresh"], "name a new folder"),
+        (["--top-k", "320"], "beside the true token there are 319 others"),
+        (["--top-k", "0", "--tail-samples", "0"], "nothing of the teacher would be kept"),
+    ],
+)
+def test_words_that_write_no_cache(
+    words: list[str],
+    what: str,
+    data: Path,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "cache"
+    run = ["distill", str(data / "text"), "--teacher", str(teacher), *words, "-q"]
+    assert main([*run, "--write-cache", str(folder)]) == 2
+    assert what in only_error(capsys)
+    assert not folder.exists()
+
+
+def test_without_likely_tokens_no_hard_target_is_the_teachers(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    few = ["--top-k", "0", "--tail-samples", "4", "--write-cache", str(folder), "-q"]
+    assert main(["distill", str(data / "text"), "--teacher", str(teacher), *few]) == 0
+    capsys.readouterr()
+    words = ["--teacher-cache", str(folder), *tiny(data, "hard_targets=teacher"), "--steps", "2"]
+    assert distill(data, tmp_path / "run", *words) == 2
+    assert "cannot take hard targets from" in only_error(capsys)
 
 
 def test_what_is_wrong_with_a_cache_is_said(

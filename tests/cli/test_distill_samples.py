@@ -84,10 +84,14 @@ def test_other_questions_are_refused_by_name_and_other_rows_are_free(tmp_path: P
     with running(speak=add) as (url, behaviour):
         request = ask(tmp_path, url, samples_per_prompt=2)
         run_samples(request)
-        for name, value in (("max_new_tokens", 7), ("temperature", 0.5), ("seed", 4)):
+        for name, value, told in (
+            ("max_new_tokens", 7, "max_new_tokens"),
+            ("temperature", 0.5, "sampling_temperature"),
+            ("seed", 4, "seed"),
+        ):
             with pytest.raises(UsageError) as caught:
                 run_samples(ask(tmp_path, url, **({"samples_per_prompt": 2} | {name: value})))
-            assert f"`{name}` was" in caught.value.why
+            assert f"`{told}` was" in caught.value.why
         assert len(behaviour.seen) == 10
         # A checker chooses among what was paid for; more samples are added to it.
         run_samples(ask(tmp_path, url, samples_per_prompt=2, checker="number"))
@@ -245,6 +249,7 @@ def test_a_checkpoint_answers_and_goes_on_where_it_was_stopped(
         model=None,
         checkpoint=folder,
         device=Device.cpu,
+        timeout=300.0,
         max_new_tokens=20,
         seq_len=64,
     )
@@ -304,6 +309,11 @@ def test_a_dry_run_asks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run_samples(request)
     assert "15 answers" in capsys.readouterr().err
     assert not request.out.exists()
+    with running(speak=add) as (url, behaviour):
+        run_samples(ask(tmp_path, url, seed=3))
+        run_samples(ask(tmp_path, url, seed=3, dry_run=True))
+        assert len(behaviour.seen) == 5
+    assert " 0 answers" in capsys.readouterr().err
 
 
 def test_the_command_asks_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +322,15 @@ def test_the_command_asks_a_server(tmp_path: Path, capsys: pytest.CaptureFixture
     words = ["--teacher-model", "reader", "--tokenizer", "bytes", "--seq-len", "64", "-o", str(out)]
     with running(speak=add) as (url, _):
         ask_it = ["distill", str(path), "--teacher-endpoint", url, *words, "--checker", "number"]
-        assert main(ask_it) == 0
+        wrong = ["reedr" if word == "reader" else word for word in ask_it]
+        assert main(wrong) == 1
+        capsys.readouterr()
+        assert main(ask_it) == 0  # in the folder of the slip
+        assert capsys.readouterr().out == f"{out}\n"
+    assert main(["info", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["num_answers"], facts["num_kept"]) == ("answers", 3, 3)
+    assert facts["settings"]["teacher"] == "reader"
     assert len(rows_of(out)) == 3
     assert ShardSet.open(out / "shards").seq_len == 64
 
@@ -326,6 +344,9 @@ def test_the_command_asks_a_server(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--from-samples", "--teacher", "x", "--steps", "3"], "first the teacher"),
         (["--checker", "number", "--student", "preset:nano"], "answers prompts"),
         (["other.jsonl", "--from-samples", "--teacher", "x"], "one file of prompts"),
+        (["--from-samples", "--teacher", "x", "--temperature", "0.7"], "--sampling-temperature"),
+        (["--from-samples", "--teacher", "x", "--lr", "0.7"], "cannot use `--lr` here"),
+        (["--from-samples", "--teacher", "x", "--max-tokens", "9"], "only servers are asked"),
     ],
 )
 def test_words_that_cannot_be_meant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,8 @@ def test_a_tokenizer_may_come_after_the_answers(tmp_path: Path) -> None:
         cache = TeacherCache.open(tmp_path / "answers" / "cache")
         assert cache.num_exact == 4
         # Another choice of rows takes the place of the old shards and cache.
+        run_samples(ask(tmp_path, url, tokenizer="bytes", seq_len=32))
+        shutil.rmtree(tmp_path / "answers" / "cache")  # what is missing is written again
         run_samples(ask(tmp_path, url, tokenizer="bytes", seq_len=32))
         assert len(behaviour.seen) == 5
     shards = ShardSet.open(tmp_path / "answers" / "shards")

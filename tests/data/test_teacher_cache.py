@@ -281,7 +281,7 @@ def test_other_shards_and_other_tokenizers(tmp_path, folders, cache) -> None:
     (cache / "index.json").write_text(json.dumps(index))
     with refused(UsageError, "`ffffffffffff`", other.fingerprint[:12]):
         source(folders[0], cache=cache)
-    with refused(UsageError, "tokenizer_fingerprint", "f" * 64):
+    with refused(UsageError, "the tokenizer was ffffffffffff", other.fingerprint[:12]):
         make_cache(cache, *folders)
 
 
@@ -351,11 +351,11 @@ def test_targets_that_differ_from_the_shards(tmp_path, folders, cache) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"teacher_fingerprint": "t1"}, "teacher_fingerprint t0, now it is t1"),
-        ({"num_exact": 4}, "num_exact 3, now it is 4"),
-        ({"num_drawn": 5}, "num_drawn 4, now it is 5"),
-        ({"temperature": 2}, "temperature 1.0, now it is 2.0"),
-        ({"seed": 8}, "seed 7, now it is 8"),
+        ({"teacher_fingerprint": "t1"}, "`--teacher` was t0, now it is t1"),
+        ({"num_exact": 4}, "`--top-k` was 2, now it is 3"),
+        ({"num_drawn": 5}, "`--tail-samples` was 4, now it is 5"),
+        ({"temperature": 2}, "`--temperature` was 1, now it is 2"),
+        ({"seed": 8}, "`--seed` was 7, now it is 8"),
     ],
 )
 def test_a_cache_is_continued_in_the_same_way_only(folders, cache, change, named) -> None:
@@ -373,9 +373,9 @@ def test_places_that_are_refused(tmp_path, folders, cache) -> None:
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with refused(L4Error, "something else, such as `notes.txt`"):
         make_cache(tmp_path / "full", folders[0])
-    with refused(L4Error, "not that of a teacher cache"):
+    with refused(L4Error, "not that of a teacher cache", "another folder"):
         make_cache(folders[0], folders[0])
-    with refused(L4Error, "cannot write", "file exists"):
+    with refused(L4Error, "cannot write", "it is a file", "another folder"):
         make_cache(tmp_path / "full" / "notes.txt", folders[0])
     with (
         TeacherCacheWriter(cache, OPTIONS, [shards]),

@@ -108,6 +108,9 @@ def test_json_keeps_every_byte() -> None:
     assert again.tokens == said.tokens
     assert again.logprobs == (-9999.0, -0.123457)
     assert again.top == said.top
+    short = said.to_json() | {"logprobs": [-0.5]}
+    with pytest.raises(ValueError, match="one length"):
+        TokenLogprobs.from_json(short)
 
 
 @pytest.mark.parametrize("api", list(Api))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from l4cli.errors import L4Error, UsageError
-from l4cli.posttraining.answer_journal import AnswerJournal, require_usable
+from l4cli.posttraining.answer_journal import AnswerJournal, read_settings, require_usable
 
 SETTINGS = {"prompts": "abc", "temperature": 1.0}
 
@@ -71,7 +71,7 @@ def test_a_damaged_line_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 
 def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
-    AnswerJournal.open(tmp_path / "out", SETTINGS)
+    AnswerJournal.open(tmp_path / "out", SETTINGS).append(record(1))
     with pytest.raises(UsageError) as caught:
         AnswerJournal.open(tmp_path / "out", SETTINGS | {"temperature": 0.5, "top_p": 0.9})
     assert caught.value.why == "`temperature` was 1.0, now 0.5; `top_p` was not set, now 0.9"
@@ -84,3 +84,23 @@ def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         require_usable(tmp_path / "else", fresh=False)
     assert "`thesis.txt`" in caught.value.why
+
+
+def test_a_folder_without_answers_takes_other_settings(tmp_path: Path) -> None:
+    """Whoever mistypes the name of a model goes on in the same folder."""
+    out = tmp_path / "out"
+    AnswerJournal.open(out, SETTINGS)
+    AnswerJournal.open(out, SETTINGS | {"prompts": "def"})
+    assert read_settings(out) == SETTINGS | {"prompts": "def"}
+
+
+def test_who_only_reads_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert len(AnswerJournal.open(out, SETTINGS, only_reads=True)) == 0
+    assert not out.exists()
+    journal = AnswerJournal.open(out, SETTINGS)
+    journal.append(record(1))
+    journal.path.write_bytes(journal.path.read_bytes() + b'{"id": 2, "sam')
+    before = journal.path.read_bytes()
+    assert len(AnswerJournal.open(out, SETTINGS, only_reads=True)) == 1
+    assert journal.path.read_bytes() == before

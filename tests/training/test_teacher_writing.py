@@ -149,7 +149,7 @@ def test_killed_and_continued_it_is_the_same_byte_for_byte(
     assert files_of(folder) == files_of(cache.folder)
 
 
-def test_ctrl_c_keeps_what_was_written(tmp_path, cache, teacher, shards) -> None:
+def test_ctrl_c_keeps_what_was_written(tmp_path, cache, teacher, shards, capsys) -> None:
     """A real signal in the middle of the sixth pass of eleven; the same call goes on afterwards."""
     calls, hidden = [], teacher.hidden
 
@@ -167,6 +167,7 @@ def test_ctrl_c_keeps_what_was_written(tmp_path, cache, teacher, shards) -> None
         del teacher.hidden
     kept = TeacherCache.open(tmp_path / "again").describe()
     assert 12 <= kept["num_rows"] < shards.num_rows  # no part is full at twelve
+    assert f"{kept['num_rows']} of {shards.num_rows} rows are kept" in capsys.readouterr().err
     assert len(calls) < -(-shards.num_rows // 4)
     again = written(tmp_path / "again", teacher, shards)
     pair = [each.for_shards([shards]) for each in (cache, again)]
