@@ -76,7 +76,8 @@ def distill(
         int, typer.Option("--top-k", min=0, help="likeliest tokens in a cache, beside the true one")
     ] = 15,
     tail_samples: Annotated[
-        int, typer.Option("--tail-samples", min=0, help="tokens drawn from all the others; 0 cuts off")
+        int,
+        typer.Option("--tail-samples", min=0, help="tokens drawn from the others; 0 cuts them off"),
     ] = 16,
     teacher_endpoint: answers.TeacherEndpoint = None,
     from_samples: answers.FromSamples = False,
