@@ -53,7 +53,6 @@ class Distillation:
         assert teacher is None or not codistills
         self.losses, self.teacher, self.codistills = list(losses), teacher, codistills
         self.attention_chunk_size = attention_chunk_size
-        self._mixings: list[Mixing] = []
         self._step, self._num_steps = 0, 1
 
     def start_step(self, step: int, num_steps: int) -> None:
