@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from l4cli.checkpoint.atomic import write_text
-from l4cli.errors import L4Error, UsageError
+from l4cli.checkpoint import kept_settings
+from l4cli.errors import UsageError
 
 ANSWERS = "answers.jsonl"
-SETTINGS = "settings.json"
 SUMMARY = "summary.json"  # written last
 FORMAT = "l4-answers-1"
 
@@ -55,9 +54,7 @@ class AnswerJournal:
             _require_same(folder, recorded, current)
             journal._find(repairs=not only_reads)
         elif not only_reads:
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = {"format": FORMAT, "settings": current}
-            write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
+            kept_settings.write_settings(folder, FORMAT, current)
         return journal
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -95,42 +92,18 @@ class AnswerJournal:
                     self._places[record["id"], int(record["sample"])] = place
                 except (ValueError, KeyError, TypeError):
                     why = f"line {number} is not a record of an answer"
-                    raise _damaged(self.path, why) from None
+                    raise kept_settings.damaged(self.path, why) from None
                 place += len(line)
 
 
 def require_usable(folder: Path, *, fresh: bool) -> None:
     """Refuse a folder of something else, or with `--fresh` any that is not empty."""
-    if not folder.exists():
-        return
-    what, fix = f"cannot write to `{folder}`", "choose another folder with `-o`"
-    if not folder.is_dir():
-        raise UsageError(what, why="it is a file, and answers need a folder", fix=fix)
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if fresh and names:
-        raise UsageError(
-            f"`--fresh` needs a new or empty folder, not `{folder}`",
-            why=f"it holds `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else ""),
-            fix="choose another folder with `-o`, or remove this one",
-        )
-    if names and read_settings(folder) is None:
-        why = f"it holds `{names[0]}` and no `{SETTINGS}`: it belongs to something else"
-        raise UsageError(what, why=why, fix=fix)
+    kept_settings.require_usable(folder, FORMAT, fresh=fresh, needs="answers need")
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """How the answers in a folder were asked for, None without any. raises: L4Error if damaged"""
-    path = folder / SETTINGS
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise _damaged(path, f"it is not JSON: {error}") from None
-    if not isinstance(kept, dict) or kept.get("format") != FORMAT:
-        raise _damaged(path, f"it is not marked as `{FORMAT}`")
-    settings: dict[str, Any] = kept["settings"]
-    return settings
+    return kept_settings.read_settings(folder, FORMAT)
 
 
 def settings_of_answers(folder: Path) -> dict[str, Any] | None:
@@ -158,23 +131,9 @@ def describe_answers(folder: Path) -> dict[str, Any]:
 
 
 def _require_same(folder: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
-    differing = [
-        f"`{name}` was {_shown(recorded.get(name))}, now {_shown(current.get(name))}"
-        for name in sorted(recorded.keys() | current.keys())
-        if recorded.get(name) != current.get(name)
-    ]
-    if differing:
+    if differing := kept_settings.differing(recorded, current):
         raise UsageError(
             f"`{folder}` holds answers to other questions",
             why="; ".join(differing),
             fix="give the same options to continue, or choose another folder with `-o`",
         )
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else str(value)[:60]
-
-
-def _damaged(path: Path, why: str) -> L4Error:
-    fix = "restore the file, or begin anew in another folder with `-o`"
-    return L4Error(f"cannot use `{path}`", why=why, fix=fix)

@@ -20,6 +20,7 @@ import torch
 import l4cli
 from l4cli import terminal
 from l4cli.checkpoint import read_state_json
+from l4cli.checkpoint.kept_settings import differing, names_in
 from l4cli.errors import UsageError
 
 FILE = "run.toml"
@@ -85,13 +86,7 @@ def require_usable(folder: Path, *, fresh: bool) -> None:
     """
     if not folder.is_dir():
         return
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if fresh and names:
-        raise UsageError(
-            f"`--fresh` needs a new or empty folder, not `{folder}`",
-            why=f"it holds `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else ""),
-            fix="choose another folder with `-o`, or remove this one",
-        )
+    names = names_in(folder, fresh=fresh)
     if names and FILE not in names and not any(name.startswith("step-") for name in names):
         raise UsageError(
             f"cannot use `{folder}` as a run folder",
@@ -112,18 +107,14 @@ def require_same_run(
     recorded: dict[str, Any] = identity["options"]
     # The options may have been through JSON once; compare them on equal terms.
     current = json.loads(json.dumps(dict(options)))
-    differing = [
-        f"`{name}` was {_shown(recorded.get(name))}, now {_shown(current.get(name))}"
-        for name in sorted(recorded.keys() | current.keys())
-        if recorded.get(name) != current.get(name)
-    ]
+    changed = differing(recorded, current)
     done, planned = int(state["step"]), int(identity["num_steps"])
     if num_steps < planned:
-        differing.append(f"`steps` was {planned}, now {num_steps}")
-    if differing:
+        changed.append(f"`steps` was {planned}, now {num_steps}")
+    if changed:
         raise UsageError(
             f"`{checkpoint.parent}` holds a run with other options",
-            why="; ".join(differing),
+            why="; ".join(changed),
             fix="give the same options to continue it (more steps are fine), "
             "or choose another folder with `-o`",
         )

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l4cli.checkpoint.atomic import write_text
-from l4cli.errors import L4Error, UsageError
+from l4cli.checkpoint import kept_settings
+from l4cli.errors import UsageError
 
 RESULTS = "results.jsonl"
-SETTINGS = "settings.json"
 FORMAT = "l4-needle-test-1"
 
 
@@ -44,11 +43,9 @@ class ResultsStore:
         """
         store = cls(folder)
         current = json.loads(json.dumps(dict(settings)))  # compare on equal terms
-        recorded = read_settings(folder)
+        recorded = kept_settings.read_settings(folder, FORMAT)
         if recorded is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = {"format": FORMAT, "settings": current}
-            write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
+            kept_settings.write_settings(folder, FORMAT, current)
         else:
             _require_same(folder, recorded, current)
             store.records = _read_records(folder / RESULTS)
@@ -66,56 +63,16 @@ class ResultsStore:
 
 def require_usable(folder: Path, *, fresh: bool) -> None:
     """Refuse a folder of something else, or with `--fresh` any that is not empty."""
-    if not folder.exists():
-        return
-    what, fix = f"cannot write to `{folder}`", "choose another folder with `-o`"
-    if not folder.is_dir():
-        raise UsageError(what, why="it is a file, and results need a folder", fix=fix)
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if fresh and names:
-        raise UsageError(
-            f"`--fresh` needs a new or empty folder, not `{folder}`",
-            why=f"it holds `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else ""),
-            fix="choose another folder with `-o`, or remove this one",
-        )
-    if names and read_settings(folder) is None:
-        why = f"it holds `{names[0]}` and no `{SETTINGS}`: it belongs to something else"
-        raise UsageError(what, why=why, fix=fix)
-
-
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings of the grid in a folder, None without one. raises: L4Error if damaged"""
-    path = folder / SETTINGS
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise _damaged(path, f"it is not JSON: {error}") from None
-    if not isinstance(kept, dict) or kept.get("format") != FORMAT:
-        raise _damaged(path, f"it is not marked as `{FORMAT}`")
-    settings: dict[str, Any] = kept["settings"]
-    return settings
+    kept_settings.require_usable(folder, FORMAT, fresh=fresh, needs="results need")
 
 
 def _require_same(folder: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
-    differing = [
-        f"`{name}` was {_shown(recorded.get(name))}, now {_shown(current.get(name))}"
-        for name in sorted(recorded.keys() | current.keys())
-        if recorded.get(name) != current.get(name)
-    ]
-    if differing:
+    if differing := kept_settings.differing(recorded, current):
         raise UsageError(
             f"`{folder}` holds a test with other options",
             why="; ".join(differing),
             fix="give the same options to continue it, or choose another folder with `-o`",
         )
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not set"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -133,11 +90,8 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             record["key"], record["answers"]
         except (ValueError, KeyError, TypeError):
-            raise _damaged(path, f"line {number} is not a record of this test") from None
+            raise kept_settings.damaged(
+                path, f"line {number} is not a record of this test"
+            ) from None
         records.append(record)
     return records
-
-
-def _damaged(path: Path, why: str) -> L4Error:
-    fix = "restore the file, or begin anew in another folder with `-o`"
-    return L4Error(f"cannot use `{path}`", why=why, fix=fix)
