@@ -73,6 +73,7 @@ def write(request: Request) -> None:
     size = max(1, data_setup.MICRO_BATCH_TOKENS // source.seq_len // num_workers)
     with TeacherCacheWriter(request.write_cache, options, source.datasets) as writer:
         if not any(writer.rows_left(i) for i in range(len(source.datasets))):
+            writer.finish()
             terminal.say(f"finished: `{request.write_cache}` has all rows")
         else:
             write_cache(

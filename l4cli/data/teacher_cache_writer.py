@@ -102,6 +102,7 @@ class TeacherCacheWriter:
             if is_signal and self._held:
                 self._write_part()
             if is_signal:
+                self._write_index()  # the signal may have come before the last part was in it
                 datasets = self.index["datasets"]
                 rows = sum(part["rows"] for dataset in datasets for part in dataset["parts"])
                 total = sum(dataset["num_rows"] for dataset in datasets)
@@ -149,6 +150,8 @@ class TeacherCacheWriter:
         """Write what is held; the index."""
         if self._held:
             self._write_part()
+        elif not all(dataset["complete"] for dataset in self.index["datasets"]):
+            self._write_index()  # all rows are there, and a signal came before it said so
         return self.index
 
     def _dataset(self, number: int) -> dict[str, Any]:
@@ -217,18 +220,17 @@ class TeacherCacheWriter:
         metadata = self._metadata(dataset["digest"])
         try:
             facts = self._write_file(name, safetensors_parts(tensors, metadata))
-            dataset["parts"].append(
-                {
-                    "file": name,
-                    "first_row": self._held_first,
-                    "rows": len(self._held),
-                    "tokens": int(counts[-1]),
-                    **facts,
-                }
-            )
-            dataset["parts"].sort(key=lambda part: part["first_row"])
+            part = {
+                "file": name,
+                "first_row": self._held_first,
+                "rows": len(self._held),
+                "tokens": int(counts[-1]),
+                **facts,
+            }
+            # Forgotten first: a signal between two lines must not make two parts of the same rows.
             self._held, self._held_bytes, self._gap = [], 0, (0, range(0))
-            dataset["complete"] = not self.rows_left(self._held_dataset)
+            parts = [*dataset["parts"], part]
+            dataset["parts"] = sorted(parts, key=lambda part: part["first_row"])
             self._write_index()
         except OSError as error:
             raise self._failed(error) from error
@@ -249,6 +251,8 @@ class TeacherCacheWriter:
         }
 
     def _write_index(self) -> None:
+        for number in range(len(self.shard_sets)):
+            self._dataset(number)["complete"] = not self.rows_left(number)
         text = json.dumps(self.index, ensure_ascii=False, indent=1) + "\n"
         self._write_file(INDEX_FILE, [text.encode()])
 

@@ -176,6 +176,24 @@ def test_ctrl_c_keeps_what_was_written(tmp_path, cache, teacher, shards, capsys)
             np.testing.assert_array_equal(mine, theirs)
 
 
+def test_a_signal_before_the_index_loses_no_part(tmp_path, cache, teacher, shards) -> None:
+    """The first part is on disk, and the index that would name it is not."""
+    folder = tmp_path / "again"
+    writer = TeacherCacheWriter(folder, OPTIONS, [shards], 16_000)
+    write_index = writer._write_index
+
+    def interrupted() -> None:
+        writer._write_index = write_index
+        raise KeyboardInterrupt
+
+    writer._write_index = interrupted
+    with pytest.raises(KeyboardInterrupt), writer:
+        write_cache(teacher, writer, micro_batch_size=4)
+    assert 0 < TeacherCache.open(folder).describe()["num_rows"] < shards.num_rows
+    written(folder, teacher, shards)
+    assert files_of(folder) == files_of(cache.folder)
+
+
 def test_pictures(tmp_path) -> None:
     """A teacher that sees: what is cached is what it says with the pictures before it."""
     make_shards(tmp_path / "pictures", picture_frame(0, 20))
