@@ -167,11 +167,11 @@ def _member(
 ) -> Member:
     from l4cli.training import data_setup, model_setup
 
-    recipe = request.recipe_of(student)
+    recipe = request.recipe_of(student.training)
     init_from = student.checkpoint
     if init_from is not None:
         model_setup.require_same_tokenizer(init_from, source.tokenizer())
-    sets_size = any(word.split("=")[0].endswith("vocab_size") for word in student.overrides)
+    sets_size = model_setup.sets_vocab_size(student.overrides)
     grows = student.preset in model_setup.GROWING_PRESETS and not sets_size
     config = model_setup.fit_vocabulary(config, source.tokenizer(), name=student.name, grows=grows)
     data_setup.require_geometry(config, source.datasets)
@@ -184,7 +184,7 @@ def _member(
     held_out = None
     if request.eval_data is not None:
         held_out = data_setup.open_held_out(request.eval_data, source, config)
-    schedule = request.rate_of(student).for_steps(num_steps, config.text.hidden_size)
+    schedule = request.rate_of(student.training).for_steps(num_steps, config.text.hidden_size)
     prepared = shared.Prepared(source, held_out, config, schedule, plan, device)
     return Member(student, recipe, prepared, init_from)
 

@@ -24,7 +24,6 @@ from l4cli.commands.distill_students import (
     parse_teacher,
 )
 from l4cli.commands.needle_options import Api
-from l4cli.commands.options import LENGTHS, Device, parse_number
 from l4cli.errors import UsageError
 from l4cli.posttraining.sample_choices import Keep, Reasoning
 
@@ -57,7 +56,7 @@ class HardTargets(StrEnum):
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(shared.TrainingRequest):
     """What the command line said; the fields are the parameters of `distill`."""
 
     shards: list[str]
@@ -95,46 +94,6 @@ class Request:
     temperature: float
     hard_targets: HardTargets
     match_weight: float
-    steps: int | None
-    tokens: str | None
-    epochs: float | None
-    seq_len: str | None
-    batch_size: int
-    micro_batch_size: int | None
-    lr: float | None
-    min_lr: float
-    warmup: int | None
-    schedule: train.ScheduleKind
-    decay_frac: float
-    decay_shape: train.DecayShape
-    weight_decay: float
-    clip_grad: float
-    optim: train.Optim
-    dtype: train.Dtype
-    balance: train.BalanceKind
-    balance_rate: float
-    activation_checkpointing: bool
-    save_every: int | None
-    keep: int
-    eval_every: int | None
-    eval_data: Path | None
-    log_every: int
-    seed: int
-    device: Device
-    fresh: bool
-    dry_run: bool
-    json: bool
-    quiet: bool
-
-    @property
-    def row_tokens(self) -> int | None:
-        if self.seq_len is None:
-            return None
-        return parse_number(self.seq_len, "--seq-len", "4k", LENGTHS)
-
-    @property
-    def length(self) -> train.Length:
-        return train.Length(self.steps, self.tokens, self.epochs)
 
     @property
     def folder(self) -> Path:
@@ -159,36 +118,6 @@ class Request:
     def new_teacher(self) -> Student | None:
         """The teacher's shape and options where it is in training, too."""
         return parse_teacher(self.teacher) if self.codistill and self.teacher else None
-
-    def rate_of(self, student: Student) -> train.LearningRate:
-        """The options of a student's learning rate."""
-        own = student.training
-        return train.LearningRate(
-            own.get("lr", self.lr),
-            own.get("min_lr", self.min_lr),
-            own.get("warmup", self.warmup),
-            own.get("schedule", self.schedule),
-            own.get("decay_frac", self.decay_frac),
-            self.decay_shape,
-        )
-
-    def recipe_of(self, student: Student) -> shared.Recipe:
-        """How a student is trained."""
-        own = student.training
-        return shared.Recipe(
-            optim=own.get("optim", self.optim).value,
-            dtype=self.dtype.value,
-            weight_decay=own.get("weight_decay", self.weight_decay),
-            clip_grad=self.clip_grad,
-            balance=own.get("balance", self.balance).value,
-            balance_rate=self.balance_rate,
-            activation_checkpointing=self.activation_checkpointing,
-            seed=self.seed,
-            save_every=self.save_every,
-            keep=self.keep,
-            eval_every=self.eval_every,
-            log_every=self.log_every,
-        )
 
     @property
     def samples(self) -> SamplesRequest | None:
@@ -259,7 +188,7 @@ class Request:
             self._check_needs(student)
         new_teacher = self.new_teacher
         for member in [*students, *([] if new_teacher is None else [new_teacher])]:
-            self.rate_of(member).check()
+            self.rate_of(member.training).check()
 
     def _check_teacher(self) -> None:
         """One source of targets, and what it can be combined with."""

@@ -94,7 +94,7 @@ def _identity(request: Request, ready: Ready) -> dict[str, Any]:
     for member in ready.members:
         student = member.student
         own = shared.identity(
-            member.recipe, member.prepared, warmup=request.rate_of(student).warmup
+            member.recipe, member.prepared, warmup=request.rate_of(student.training).warmup
         )
         init_from = member.init_from
         own["init_from"] = (

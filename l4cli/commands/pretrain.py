@@ -23,7 +23,7 @@ from l4cli import terminal
 from l4cli.commands import shard_training as shared
 from l4cli.commands import training_options as train
 from l4cli.commands import training_report as report
-from l4cli.commands.options import LENGTHS, Device, DeviceOption, Json, Quiet, Seed, parse_number
+from l4cli.commands.options import Device, DeviceOption, Json, Quiet, Seed
 from l4cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def pretrain(
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(shared.TrainingRequest):
     """What the command line said; the fields are the parameters of `pretrain`."""
 
     shards: list[str]
@@ -110,80 +110,19 @@ class Request:
     set_: list[str] | None
     init_from: Path | None
     out: Path | None
-    steps: int | None
-    tokens: str | None
-    epochs: float | None
-    seq_len: str | None
-    batch_size: int
-    micro_batch_size: int | None
-    lr: float | None
-    min_lr: float
-    warmup: int | None
-    schedule: train.ScheduleKind
-    decay_frac: float
-    decay_shape: train.DecayShape
-    weight_decay: float
-    clip_grad: float
-    optim: train.Optim
-    dtype: train.Dtype
-    balance: train.BalanceKind
-    balance_rate: float
     freeze: Freeze | None
-    activation_checkpointing: bool
-    save_every: int | None
-    keep: int
-    eval_every: int | None
-    eval_data: Path | None
-    log_every: int
-    seed: int
-    device: Device
-    fresh: bool
-    dry_run: bool
-    json: bool
-    quiet: bool
-
-    @property
-    def row_tokens(self) -> int | None:
-        if self.seq_len is None:
-            return None
-        return parse_number(self.seq_len, "--seq-len", "4k", LENGTHS)
-
-    @property
-    def length(self) -> train.Length:
-        return train.Length(self.steps, self.tokens, self.epochs)
 
     @property
     def rate(self) -> train.LearningRate:
-        return train.LearningRate(
-            self.lr, self.min_lr, self.warmup, self.schedule, self.decay_frac, self.decay_shape
-        )
+        return self.rate_of({})
 
     @property
     def recipe(self) -> shared.Recipe:
-        return shared.Recipe(
-            optim=self.optim.value,
-            dtype=self.dtype.value,
-            weight_decay=self.weight_decay,
-            clip_grad=self.clip_grad,
-            balance=self.balance.value,
-            balance_rate=self.balance_rate,
-            activation_checkpointing=self.activation_checkpointing,
-            seed=self.seed,
-            save_every=self.save_every,
-            keep=self.keep,
-            eval_every=self.eval_every,
-            log_every=self.log_every,
-            freeze=self.freeze.value if self.freeze else None,
-        )
+        return self.recipe_of({}, freeze=self.freeze.value if self.freeze else None)
 
     @property
     def model_name(self) -> str:
         return str(self.config or self.init_from or self.preset or "nano")
-
-    @property
-    def sets_vocab_size(self) -> bool:
-        """Whether `--set` names the size, so that it does not follow the tokenizer."""
-        return any(word.split("=")[0].endswith("vocab_size") for word in self.set_ or [])
 
     @property
     def folder(self) -> Path:
@@ -228,7 +167,8 @@ def prepare(request: Request) -> shared.Prepared:
     if request.init_from is not None:
         model_setup.require_same_tokenizer(request.init_from, source.tokenizer())
     name = request.model_name
-    grows = name in model_setup.GROWING_PRESETS and not request.sets_vocab_size
+    sets_size = model_setup.sets_vocab_size(request.set_ or [])
+    grows = name in model_setup.GROWING_PRESETS and not sets_size
     config = model_setup.fit_vocabulary(config, source.tokenizer(), name=name, grows=grows)
     data_setup.require_geometry(config, source.datasets)
     data_setup.require_context(config, source.seq_len)

@@ -5,12 +5,14 @@ in: how to train, opened shards, a config, a schedule; out: a plan, an identity,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4cli import terminal
 from l4cli.commands import training_options as train
+from l4cli.commands.options import LENGTHS, Device, parse_number
 from l4cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +50,81 @@ class Recipe:
         """What the weights do not depend on; for `run.toml`."""
         names = ("save_every", "keep", "eval_every", "log_every")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What a command line says of training on packed shards; the fields are its parameters."""
+
+    steps: int | None
+    tokens: str | None
+    epochs: float | None
+    seq_len: str | None
+    batch_size: int
+    micro_batch_size: int | None
+    lr: float | None
+    min_lr: float
+    warmup: int | None
+    schedule: train.ScheduleKind
+    decay_frac: float
+    decay_shape: train.DecayShape
+    weight_decay: float
+    clip_grad: float
+    optim: train.Optim
+    dtype: train.Dtype
+    balance: train.BalanceKind
+    balance_rate: float
+    activation_checkpointing: bool
+    save_every: int | None
+    keep: int
+    eval_every: int | None
+    eval_data: Path | None
+    log_every: int
+    seed: int
+    device: Device
+    fresh: bool
+    dry_run: bool
+    json: bool
+    quiet: bool
+
+    @property
+    def row_tokens(self) -> int | None:
+        if self.seq_len is None:
+            return None
+        return parse_number(self.seq_len, "--seq-len", "4k", LENGTHS)
+
+    @property
+    def length(self) -> train.Length:
+        return train.Length(self.steps, self.tokens, self.epochs)
+
+    def rate_of(self, own: Mapping[str, Any]) -> train.LearningRate:
+        """The options of a learning rate; `own`: what one model has instead of them."""
+        return train.LearningRate(
+            own.get("lr", self.lr),
+            own.get("min_lr", self.min_lr),
+            own.get("warmup", self.warmup),
+            own.get("schedule", self.schedule),
+            own.get("decay_frac", self.decay_frac),
+            self.decay_shape,
+        )
+
+    def recipe_of(self, own: Mapping[str, Any], freeze: str | None = None) -> Recipe:
+        """How to train; `own`: what one model has instead of the command's options."""
+        return Recipe(
+            optim=own.get("optim", self.optim).value,
+            dtype=self.dtype.value,
+            weight_decay=own.get("weight_decay", self.weight_decay),
+            clip_grad=self.clip_grad,
+            balance=own.get("balance", self.balance).value,
+            balance_rate=self.balance_rate,
+            activation_checkpointing=self.activation_checkpointing,
+            seed=self.seed,
+            save_every=self.save_every,
+            keep=self.keep,
+            eval_every=self.eval_every,
+            log_every=self.log_every,
+            freeze=freeze,
+        )
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,11 @@ def _kind(annotation: Any) -> str:
     return _KIND_NAMES.get(origin, "an object such as `{...}`")
 
 
+def sets_vocab_size(words: Sequence[str]) -> bool:
+    """Whether `key=value` words name the size, so that it does not follow the tokenizer."""
+    return any(word.split("=")[0].endswith("vocab_size") for word in words)
+
+
 def fit_vocabulary(
     config: Llama4Config, tokenizer: Tokenizer, *, name: str, grows: bool
 ) -> Llama4Config:

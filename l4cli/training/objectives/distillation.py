@@ -34,6 +34,14 @@ class _Taught:
     states: Mapping[int, Tensor]  # of the layers that students match
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where the targets of a micro-batch stand, the same for every student."""
+
+    index_M: Tensor  # of all positions
+    first_M: Tensor  # among the targets: where the document of each begins
+
+
 class Distillation:
     """The objective of `l4 distill`; `losses` are those of the students, in their order.
 
@@ -69,10 +77,11 @@ class Distillation:
         losses: dict[str, LossSum] = {}
         students = trainees[1:] if self.codistills else trainees
         index_M = (batch.loss_weight.flatten() != 0).nonzero().flatten()
+        places = _Places(index_M, _document_starts(batch, index_M))
         taught, own = self._teach(trainees, batch, index_M)
         losses |= own
         for student, rule in zip(students, self.losses, strict=True):
-            found = self._learn(student, rule, batch, taught, index_M)
+            found = self._learn(student, rule, batch, taught, places)
             losses |= {_named(student, name): loss for name, loss in found.items()}
         return losses
 
@@ -106,8 +115,9 @@ class Distillation:
         rule: StudentLoss,
         batch: Batch,
         taught: _Taught,
-        index_M: Tensor,
+        places: _Places,
     ) -> dict[str, LossSum]:
+        index_M = places.index_M
         weights = self.weights(batch)
         watch: Watch | None = None
         if student.balance is not None:
@@ -125,7 +135,7 @@ class Distillation:
             batch.loss_weight.flatten()[index_M],
             targets,
             self._mixing(student, rule),
-            first_M=_document_starts(batch, index_M),
+            first_M=places.first_M,
         )
         figures = {
             name: getattr(found, name)
